@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Runs every check: lint, format, types, and the tests, against a Kafka that they start. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. misc/venv.sh requirements.txt misc/requirements.txt tests/requirements.txt
+
+.venv/bin/ruff check
+.venv/bin/ruff format --check
+.venv/bin/mypy
+.venv/bin/pytest "$@"

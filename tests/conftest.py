@@ -1,0 +1,211 @@
+"""What the tests share: a real broker, topics of their own, a real HTTP server, and both scripts as programs."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+
+from kafka_server import KafkaServer
+
+PROJECT = Path(__file__).parent.parent
+SAMPLE_DATABASE = PROJECT / "misc" / "sample-city.mmdb"
+
+
+@pytest.fixture(scope="session")
+def broker() -> Iterator[KafkaServer]:
+    with KafkaServer() as server:
+        yield server
+
+
+class Topics(NamedTuple):
+    """An input and an output topic that only one test uses."""
+
+    address: str
+    input: str
+    output: str
+
+    def create(self, topic: str, partitions: int = 4, configs: dict[str, str] | None = None) -> None:
+        with KafkaAdminClient(bootstrap_servers=self.address) as admin:
+            admin.create_topics(
+                {topic: {"num_partitions": partitions, "configs": configs or {}}}, wait_for_metadata=True
+            )
+
+    def write(self, records: Sequence[tuple[bytes | None, bytes | None]]) -> None:
+        with KafkaProducer(bootstrap_servers=self.address, max_request_size=2_000_000) as producer:
+            sent = [producer.send(self.input, key=key, value=value) for key, value in records]
+            for future in sent:
+                future.get(timeout=30)
+
+    def read(self, topic: str | None = None) -> list[tuple[bytes | None, bytes | None]]:
+        """All records of a topic, each partition's in its order."""
+        consumer = KafkaConsumer(bootstrap_servers=self.address, auto_offset_reset="earliest", enable_auto_commit=False)
+        topic = topic or self.output
+        partitions = [TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic) or ())]
+        consumer.assign(partitions)
+        consumer.seek_to_beginning()
+        ends = consumer.end_offsets(partitions)
+        records = []
+        while any(consumer.position(partition) < ends[partition] for partition in partitions):
+            for batch in consumer.poll(timeout_ms=1000).values():
+                records += [(record.partition, record.key, record.value) for record in batch]
+        consumer.close()
+        return [(key, value) for _, key, value in sorted(records, key=lambda record: record[0])]
+
+    def environment(self) -> dict[str, str]:
+        return {"KAFKA_BROKERS": self.address, "KAFKA_INPUT_TOPIC": self.input, "KAFKA_OUTPUT_TOPIC": self.output}
+
+
+@pytest.fixture
+def topic_names(broker: KafkaServer) -> Topics:
+    """Names that no topic has yet."""
+    name = uuid.uuid4().hex[:12]
+    return Topics(broker.address, f"in-{name}", f"out-{name}")
+
+
+@pytest.fixture
+def topics(topic_names: Topics) -> Topics:
+    """An empty input and an empty output topic of 4 partitions each."""
+    topic_names.create(topic_names.input)
+    topic_names.create(topic_names.output)
+    return topic_names
+
+
+@dataclass
+class Program:
+    """One of the two scripts, alone in a folder of its own, as a program that is called or started."""
+
+    script: Path
+    environment: dict[str, str]
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, str(self.script), *arguments],
+            cwd=self.script.parent,
+            env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def __call__(self, *arguments: str, **environment: str) -> "Ended":
+        return ended(self.start(*arguments, **environment))
+
+
+class Ended(NamedTuple):
+    """What a program that has ended left."""
+
+    exit_code: int
+    output: str
+    errors: str
+
+
+def ended(process: subprocess.Popen[str], seconds: float = 60) -> Ended:
+    output, errors = process.communicate(timeout=seconds)
+    return Ended(process.returncode, output, errors)
+
+
+def program(tmp_path: Path, name: str) -> Iterator[Program]:
+    folder = tmp_path / "alone"
+    folder.mkdir(exist_ok=True)
+    script = folder / name
+    script.write_bytes((PROJECT / name).read_bytes())
+    program = Program(script, {"PATH": os.environ["PATH"]})
+    yield program
+    for process in program.started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def kafka_enrich_program(tmp_path: Path) -> Iterator[Program]:
+    yield from program(tmp_path, "kafka_enrich.py")
+
+
+@pytest.fixture
+def load_data_program(tmp_path: Path) -> Iterator[Program]:
+    yield from program(tmp_path, "load_data.py")
+
+
+class Reply(NamedTuple):
+    """What the HTTP server answers."""
+
+    body: bytes = b""
+    status: int = 200
+    headers: Mapping[str, str] = MappingProxyType({})
+    delay: float = 0
+    seconds_between_bytes: float = 0
+
+
+class Api(ThreadingHTTPServer):
+    """A local HTTP API whose replies a test chooses, and that remembers what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[str] = []
+        self.user_agents: list[str | None] = []
+        self.reply: Callable[[str], Reply] = lambda _path: Reply(status=500)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_arguments: Any) -> None:
+        """Clients that go away are part of the tests."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as the test has chosen."""
+
+    protocol_version = "HTTP/1.1"
+    server: Api
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        self.server.user_agents.append(self.headers["User-Agent"])
+        reply = self.server.reply(self.path)
+        time.sleep(reply.delay)
+        self.send_response(reply.status)
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(reply.body)))
+        self.end_headers()
+        if reply.seconds_between_bytes:
+            for byte in reply.body:
+                self.wfile.write(bytes([byte]))
+                time.sleep(reply.seconds_between_bytes)
+        else:
+            self.wfile.write(reply.body)
+
+    def log_message(self, *_arguments: Any) -> None:
+        """Keep quiet."""
+
+
+@pytest.fixture
+def api() -> Iterator[Api]:
+    with Api() as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up, "what the test waits for did not happen"
+        time.sleep(0.05)

@@ -1,0 +1,249 @@
+"""The HTTP API: what it answers, every way in which it does not, and the key that nobody sees."""
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+
+import pytest
+
+from conftest import Api, Reply
+from kafka_enrich import HttpApi, InvalidIp, Location, LookupFailed, NotFound, NotLocated, ReservedIp
+
+MOUNTAIN_VIEW = {"ip": "8.8.8.8", "city": "Mountain View", "region": "California", "country_name": "United States"}
+LOCATION = Location("Mountain View", "California", "United States")
+
+
+def reply(body: object, status: int = 200, **headers: str) -> Reply:
+    return Reply(json.dumps(body).encode(), status, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+def always(answer: Reply) -> Callable[[str], Reply]:
+    return lambda _path: answer
+
+
+def failure(source: HttpApi, address: str = "8.8.8.8") -> str:
+    with pytest.raises(LookupFailed) as error:
+        source.locate(address)
+    return str(error.value)
+
+
+def test_located(api: Api) -> None:
+    api.reply = lambda _path: reply({**MOUNTAIN_VIEW, "country": "US", "country_code": "US"})
+    assert HttpApi(api.url, None).locate("8.8.8.8") == LOCATION
+    assert api.asked == ["/8.8.8.8/json/"]
+    assert str(api.user_agents[0]).startswith("kafka_enrich ")
+
+
+def test_key_goes_into_the_query(api: Api) -> None:
+    api.reply = lambda _path: reply(MOUNTAIN_VIEW)
+    HttpApi(api.url, "s3cret&").locate("8.8.8.8")
+    assert api.asked == ["/8.8.8.8/json/?key=s3cret%26"]
+
+
+def test_ipv6_is_asked_in_its_shortest_form(api: Api) -> None:
+    api.reply = lambda _path: reply(MOUNTAIN_VIEW)
+    HttpApi(api.url, None).locate("2001:4860:4860:0::8888%eth0")
+    assert api.asked == ["/2001:4860:4860::8888/json/"]
+
+
+def test_unknown_fields_are_none(api: Api) -> None:
+    api.reply = lambda _path: reply({"city": None, "region": "", "country_name": "France"})
+    assert HttpApi(api.url, None).locate("8.8.8.8") == Location(None, None, "France")
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "fe80::1", "127.0.0.1", "localhost", "8.8", ""])
+def test_what_is_no_public_address_is_never_sent(api: Api, address: str) -> None:
+    with pytest.raises((InvalidIp, ReservedIp)):
+        HttpApi(api.url, None).locate(address)
+    assert api.asked == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (reply({"ip": "8.8.8.8", "error": True, "reason": "Reserved IP Address", "reserved": True}), ReservedIp),
+        (reply({"ip": "8.8.8.8", "error": True, "reason": "Invalid IP Address"}), InvalidIp),
+        (reply({"error": True, "reason": "Invalid IP Address", **MOUNTAIN_VIEW}, 400), InvalidIp),
+        (reply({"error": True, "reason": "No such address"}, 404), NotFound),
+        (reply({"ip": "8.8.8.8", "city": None, "region": None, "country_name": None}), NotFound),
+    ],
+)
+def test_final_answer_without_a_location(api: Api, answer: Reply, error: type[NotLocated]) -> None:
+    api.reply = always(answer)
+    with pytest.raises(error) as raised:
+        HttpApi(api.url, None).locate("8.8.8.8")
+    assert raised.type is error
+    assert len(api.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        reply({"error": True, "reason": "Something new", **MOUNTAIN_VIEW}),
+        reply({"error": True, "reason": "Invalid Key"}),
+        reply({"detail": "Not Found"}, 404),
+        reply(MOUNTAIN_VIEW, 301, Location="/elsewhere"),
+        reply(MOUNTAIN_VIEW, 418),
+        Reply(b"<html>", 404),
+        Reply(b"<html>Please log in to this network"),
+        Reply(b""),
+        Reply(b"[]"),
+        Reply(b"null"),
+        Reply(b'{"city": "\\ud800"}'),
+        Reply(b"[" * 10_000),
+        Reply(b'{"city": "' + b"x" * 70_000 + b'"}'),
+        Reply(b"garbage", headers={"Content-Encoding": "gzip"}),
+    ],
+)
+def test_no_answer_about_the_address(api: Api, answer: Reply) -> None:
+    api.reply = always(answer)
+    failure(HttpApi(api.url, None))
+    assert len(api.asked) == 1, "only time-outs and 5xx are tried again"
+
+
+def test_no_connection() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        assert failure(HttpApi(f"http://127.0.0.1:{unused.getsockname()[1]}", None)) == "ConnectionError"
+
+
+def test_no_such_host() -> None:
+    assert failure(HttpApi("http://nowhere.invalid", None)) == "ConnectionError"
+
+
+def test_server_error_is_tried_again(api: Api) -> None:
+    api.reply = lambda _path: reply(MOUNTAIN_VIEW) if len(api.asked) == 3 else Reply(status=503)
+    assert HttpApi(api.url, None).locate("8.8.8.8") == LOCATION
+    assert len(api.asked) == 3
+
+
+def test_time_out_is_tried_again(api: Api) -> None:
+    api.reply = lambda _path: reply(MOUNTAIN_VIEW) if len(api.asked) == 2 else Reply(delay=2)
+    assert HttpApi(api.url, None).locate("8.8.8.8") == LOCATION
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Reply(status=500),
+        Reply(delay=5),
+        Reply(b'{"city": "Mountain View"}', seconds_between_bytes=0.5),
+    ],
+    ids=["error", "silent", "trickling"],
+)
+def test_one_address_takes_four_seconds_at_most(api: Api, answer: Reply) -> None:
+    api.reply = always(answer)
+    before = time.monotonic()
+    failure(HttpApi(api.url, None))
+    assert time.monotonic() - before < HttpApi.TOTAL_SECONDS + 0.5
+    assert len(api.asked) > 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        reply({"error": True, "reason": "RateLimited"}),
+        reply({"error": True, "reason": "RateLimited"}, 429),
+        Reply(b"<html>", 429),
+        Reply(b"<html>blocked", 403),
+        reply({"error": True, "reason": "Invalid Key"}, 403),
+        Reply(b"", 401),
+    ],
+)
+def test_refusal_pauses_with_one_warning(api: Api, answer: Reply, caplog: pytest.LogCaptureFixture) -> None:
+    api.reply = always(answer)
+    source = HttpApi(api.url, None)
+    for _ in range(5):
+        failure(source)
+    assert len(api.asked) == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "60 s" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "seconds"),
+    [
+        ("120", (120, 120)),
+        ("0", (1, 1)),
+        (format_datetime(datetime.now(timezone.utc) + timedelta(hours=1), usegmt=True), (3500, 3600)),
+        (format_datetime(datetime.now(timezone.utc) - timedelta(hours=1), usegmt=True), (1, 1)),
+        ("999999999", (86_400, 86_400)),
+        ("soon", (60, 60)),
+        ("-5", (60, 60)),
+    ],
+)
+def test_retry_after(api: Api, retry_after: str, seconds: tuple[int, int], caplog: pytest.LogCaptureFixture) -> None:
+    api.reply = lambda _path: Reply(b"", 429, {"Retry-After": retry_after})
+    failure(HttpApi(api.url, None))
+    assert isinstance(caplog.records[0].args, tuple)
+    assert seconds[0] <= int(str(caplog.records[0].args[2]).split(".")[0]) <= seconds[1]
+
+
+def test_failures_in_a_row_pause(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    api.reply = lambda _path: Reply(b"", 404)
+    source = HttpApi(api.url, None)
+    for _ in range(10):
+        failure(source)
+    assert len(api.asked) == HttpApi.FAILURES_IN_A_ROW
+    assert len(caplog.records) == 1
+
+
+def test_answers_between_failures_prevent_a_pause(api: Api) -> None:
+    api.reply = lambda _path: reply(MOUNTAIN_VIEW) if len(api.asked) % 2 else Reply(b"", 404)
+    source = HttpApi(api.url, None)
+    for _ in range(10):
+        source.locate("8.8.8.8")
+        failure(source)
+    assert len(api.asked) == 20
+
+
+def test_pause_ends(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    api.reply = lambda _path: Reply(b"", 429) if len(api.asked) == 1 else reply(MOUNTAIN_VIEW)
+    source = HttpApi(api.url, None)
+    failure(source)
+    failure(source)
+    later = time.monotonic() + HttpApi.PAUSE_SECONDS
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert source.locate("8.8.8.8") == LOCATION
+
+
+def test_key_is_in_no_log_line_and_no_error(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="kafka_enrich")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        sources = [HttpApi(url, "s3cret") for url in (api.url, f"http://127.0.0.1:{unused.getsockname()[1]}")]
+        for answer in (
+            Reply(b"", 403),
+            Reply(status=500),
+            Reply(b"<html>"),
+            reply({"error": True, "reason": "s3cret?"}),
+        ):
+            api.reply = always(answer)
+            for source in sources:
+                for _ in range(6):
+                    assert "s3cret" not in failure(source)
+    assert caplog.records
+    assert "s3cret" not in caplog.text
+
+
+def test_each_thread_has_a_session_of_its_own(api: Api) -> None:
+    api.reply = lambda _path: reply(MOUNTAIN_VIEW)
+    source = HttpApi(api.url, None)
+    sessions = []
+
+    def work() -> None:
+        for _ in range(3):
+            source.locate("8.8.8.8")
+            sessions.append(source._thread.session)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(map(id, sessions))) == 2

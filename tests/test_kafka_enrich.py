@@ -1,0 +1,259 @@
+"""The program on a real broker: from one topic to the other, and every way in which it cannot."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+import kafka_enrich
+from conftest import PROJECT, SAMPLE_DATABASE, Api, Program, Reply, Topics, ended, wait_until
+from kafka_server import free_port
+from load_data import SAMPLE, rows
+
+DATABASE = {"GEOIP_DATABASE": str(SAMPLE_DATABASE)}
+
+
+def summary(
+    located: int = 0, invalid_ip: int = 0, reserved_ip: int = 0, not_found: int = 0, lookup_failed: int = 0
+) -> str:
+    return (
+        f"{located + invalid_ip + reserved_ip + not_found + lookup_failed} records in: {located} located, "
+        f"{invalid_ip} invalid_ip, {reserved_ip} reserved_ip, {not_found} not_found, {lookup_failed} lookup_failed"
+    )
+
+
+def test_sample_from_load_to_output(
+    kafka_enrich_program: Program, load_data_program: Program, topic_names: Topics
+) -> None:
+    assert load_data_program(str(SAMPLE), **topic_names.environment()).exit_code == 0
+    enriched = kafka_enrich_program(**topic_names.environment(), **DATABASE)
+    assert (enriched.exit_code, enriched.output) == (0, "")
+    loaded = [row for row in rows(SAMPLE) if isinstance(row, tuple)]
+    assert summary(located=len(loaded) - 2, reserved_ip=1, not_found=1) in enriched.errors
+
+    records = [(key, json.loads(value or b"")) for key, value in topic_names.read()]
+    assert Counter((record["ip"], (key or b"").decode()) for key, record in records) == Counter(loaded)
+    for key, record in records:
+        assert record.get("country_name") == (None if "error" in record else (key or b"").decode())
+
+
+def test_every_kind_of_record(kafka_enrich_program: Program, topics: Topics) -> None:
+    values = [b"186.58.0.1", b" 186.58.0.1\n", b"10.0.0.1", b"9.9.9.9", b"ip", b"", b"\xff", b"8.8.8.8:53"]
+    topics.write([(b"key", value) for value in values])
+    topics.write([(b"", b"186.58.0.1"), (None, b"186.58.0.1"), (b"tombstone", None)])
+    enriched = kafka_enrich_program(**topics.environment(), **DATABASE)
+    assert enriched.exit_code == 0
+    assert summary(located=4, invalid_ip=5, reserved_ip=1, not_found=1) in enriched.errors
+    assert Counter(key for key, _ in topics.read()) == Counter({b"key": 8, b"": 1, None: 1, b"tombstone": 1})
+
+
+def test_order_and_partition_within_a_key(kafka_enrich_program: Program, topics: Topics) -> None:
+    written = [(b"key-%d" % (number % 7), b"value %d" % number) for number in range(2000)]
+    topics.write(written)
+    assert kafka_enrich_program(**topics.environment(), **DATABASE, BYTEWAX_WORKERS_PER_PROCESS="2").exit_code == 0
+    expected: dict[bytes | None, list[str]] = defaultdict(list)
+    found: dict[bytes | None, list[str]] = defaultdict(list)
+    for key, value in written:
+        expected[key].append(value.decode())
+    for output_key, output in topics.read():
+        found[output_key].append(json.loads(output or b"")["ip"])
+    assert found == expected
+    # The same key has the same partition number in both topics, so each partition holds the same keys.
+    assert [key for key, _ in topics.read()] == [key for key, _ in topics.read(topics.input)]
+
+
+def test_largest_records(kafka_enrich_program: Program, topics: Topics) -> None:
+    topics.write([(b"k" * 1_040_000, b"186.58.0.1"), (b"k", b"v" * 1_040_000), (b"k" * 500_000, b"v" * 500_000)])
+    enriched = kafka_enrich_program(**topics.environment(), **DATABASE)
+    assert enriched.exit_code == 0, enriched.errors
+    assert sorted(len(key or b"") for key, _ in topics.read()) == [1, 500_000, 1_040_000]
+
+
+def test_empty_topic(kafka_enrich_program: Program, topics: Topics) -> None:
+    enriched = kafka_enrich_program(**topics.environment(), **DATABASE)
+    assert enriched.exit_code == 0
+    assert summary() in enriched.errors
+
+
+def test_http_api(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
+    located = {"city": "Mountain View", "region": "California", "country_name": "United States"}
+
+    def reply(path: str) -> Reply:
+        return Reply(json.dumps(located).encode()) if "8.8.8.8" in path else Reply(b"", 403)
+
+    api.reply = reply
+    topics.write([(b"key", value) for value in (b"8.8.8.8", b"8.8.8.8", b"10.0.0.1", b"9.9.9.9", b"1.1.1.1")])
+    enriched = kafka_enrich_program(**topics.environment(), IPAPI_URL=api.url, IPAPI_KEY="s3cret", LOG_LEVEL="DEBUG")
+    assert enriched.exit_code == 0
+    assert summary(located=2, reserved_ip=1, lookup_failed=2) in enriched.errors
+    assert api.asked == ["/8.8.8.8/json/?key=s3cret", "/9.9.9.9/json/?key=s3cret"]
+    assert "s3cret" not in enriched.errors
+    assert enriched.errors.count("WARNING") == 1
+    assert json.loads(topics.read()[0][1] or b"") == {"ip": "8.8.8.8", **located}
+
+
+def test_bad_setting_ends_it_before_it_touches_kafka(kafka_enrich_program: Program) -> None:
+    enriched = kafka_enrich_program(CACHE_SIZE="many")
+    assert enriched.exit_code == 2
+    assert enriched.errors == "kafka_enrich.py: CACHE_SIZE='many' is not a whole number from 0 to 10000000\n"
+
+
+def one_error(enriched: object) -> str:
+    """The one line that the program left besides its log."""
+    assert isinstance(enriched, tuple)
+    exit_code, output, errors = enriched
+    assert (exit_code, output) == (1, "")
+    lines = [line for line in errors.splitlines() if " INFO " not in line]
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("kafka_enrich.py: ")
+    return str(lines[0])
+
+
+def test_broker_away(kafka_enrich_program: Program) -> None:
+    error = one_error(kafka_enrich_program(KAFKA_BROKERS="localhost:1", **DATABASE))
+    assert "Kafka does not answer at localhost:1" in error
+    assert "KAFKA_BROKERS" in error
+
+
+@pytest.mark.parametrize("missing", ["input", "output"])
+def test_missing_topic_is_not_created(kafka_enrich_program: Program, topic_names: Topics, missing: str) -> None:
+    topic_names.create(topic_names.output if missing == "input" else topic_names.input)
+    name = getattr(topic_names, missing)
+    for _ in range(2):
+        error = one_error(kafka_enrich_program(**topic_names.environment(), **DATABASE))
+        assert f"topic {name!r} does not exist; create it, or run: python load_data.py" in error
+
+
+def test_more_workers_than_partitions(kafka_enrich_program: Program, topics: Topics) -> None:
+    enriched = kafka_enrich_program(**topics.environment(), **DATABASE, BYTEWAX_WORKERS_PER_PROCESS="5")
+    assert "5 workers are too many" in one_error(enriched)
+
+
+def test_as_many_workers_as_partitions(kafka_enrich_program: Program, topics: Topics) -> None:
+    topics.write([(b"%d" % number, b"186.58.0.1") for number in range(100)])
+    enriched = kafka_enrich_program(**topics.environment(), **DATABASE, BYTEWAX_WORKERS_PER_PROCESS="4")
+    assert enriched.exit_code == 0
+    assert summary(located=100) in enriched.errors
+
+
+def test_refused_record_is_counted_as_missing(kafka_enrich_program: Program, topic_names: Topics) -> None:
+    topic_names.create(topic_names.input)
+    topic_names.create(topic_names.output, configs={"max.message.bytes": "1000"})
+    topic_names.write([(b"small", b"186.58.0.1"), (b"k" * 2000, b"186.58.0.1")])
+    enriched = kafka_enrich_program(**topic_names.environment(), **DATABASE)
+    assert enriched.exit_code == 1
+    missing = 2 - len(topic_names.read())
+    assert missing >= 1
+    assert f"{missing} of 2 records did not reach topic" in enriched.errors
+
+
+def test_refused_record_stops_the_dataflow(kafka_enrich_program: Program, topic_names: Topics) -> None:
+    topic_names.create(topic_names.input, partitions=1)
+    topic_names.create(topic_names.output, partitions=1, configs={"max.message.bytes": "20000"})
+    topic_names.write([(b"k" * 30_000, b"186.58.0.1")])
+    topic_names.write([(b"key-%d" % number, b"186.58.0.1") for number in range(20_000)])
+    enriched = kafka_enrich_program(**topic_names.environment(), **DATABASE)
+    assert enriched.exit_code == 1
+    last = enriched.errors.splitlines()[-1]
+    assert last.startswith("kafka_enrich.py: ")
+    assert "did not reach" in last
+
+
+def test_compression_that_the_engine_cannot_read(kafka_enrich_program: Program, topic_names: Topics) -> None:
+    topic_names.create(topic_names.input, configs={"compression.type": "zstd"})
+    topic_names.create(topic_names.output)
+    topic_names.write([(b"key", b"186.58.0.1")])
+    enriched = kafka_enrich_program(**topic_names.environment(), **DATABASE)
+    assert enriched.exit_code == 1
+    assert "zstd" in enriched.errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize("compression", ["gzip", "snappy", "lz4"])
+def test_compression_that_the_engine_reads(
+    kafka_enrich_program: Program, topic_names: Topics, compression: str
+) -> None:
+    topic_names.create(topic_names.input, configs={"compression.type": compression})
+    topic_names.create(topic_names.output)
+    topic_names.write([(b"key", b"186.58.0.1")])
+    assert kafka_enrich_program(**topic_names.environment(), **DATABASE).exit_code == 0
+    assert len(topic_names.read()) == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_a_pass(kafka_enrich_program: Program, topics: Topics, api: Api, signum: signal.Signals) -> None:
+    api.reply = lambda _path: Reply(b'{"city": "Somewhere"}', delay=0.1)
+    topics.write([(b"key", b"8.8.%d.8" % number) for number in range(200)])
+    process = kafka_enrich_program.start(**topics.environment(), IPAPI_URL=api.url)
+    wait_until(lambda: len(api.asked) > 2)
+    process.send_signal(signum)
+    enriched = ended(process, seconds=10)
+    assert enriched.exit_code == 128 + signum
+    assert "Traceback" not in enriched.errors
+    assert " records in: " in enriched.errors
+    counted = int(enriched.errors.split(" records in: ")[0].split()[-1])
+    assert 2 <= counted < 200
+    assert len(topics.read()) == counted
+
+
+def cluster(processes: int) -> list[dict[str, str]]:
+    addresses = ";".join(f"localhost:{free_port()}" for _ in range(processes))
+    return [{"BYTEWAX_ADDRESSES": addresses, "BYTEWAX_PROCESS_ID": str(number)} for number in range(processes)]
+
+
+def test_two_processes(kafka_enrich_program: Program, topics: Topics) -> None:
+    topics.write([(b"%d" % number, b"186.58.0.1") for number in range(1000)])
+    processes = [
+        kafka_enrich_program.start(**topics.environment(), **DATABASE, **environment) for environment in cluster(2)
+    ]
+    results = [ended(process) for process in processes]
+    assert [result.exit_code for result in results] == [0, 0]
+    assert sum(int(result.errors.split(" records in: ")[0].split()[-1]) for result in results) == 1000
+    assert len(topics.read()) == 1000
+
+
+def test_signal_ends_a_process_that_waits_for_the_others(kafka_enrich_program: Program, topics: Topics) -> None:
+    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, **cluster(2)[0])
+    wait_until(lambda: listening_sockets(process.pid) > 0)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process, seconds=kafka_enrich.STOP_SECONDS + 5).exit_code == 128 + signal.SIGTERM
+
+
+def listening_sockets(pid: int) -> int:
+    """Count the listening TCP sockets of a process, as Linux tells them."""
+    inodes = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists() or link.is_symlink()}
+    table = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
+    return sum(row.split()[3] == "0A" and f"socket:[{row.split()[9]}]" in inodes for row in table)
+
+
+def test_address_of_a_process_in_use(kafka_enrich_program: Program, topics: Topics) -> None:
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        addresses = f"localhost:{taken.getsockname()[1]};localhost:{free_port()}"
+        enriched = kafka_enrich_program(
+            **topics.environment(), **DATABASE, BYTEWAX_ADDRESSES=addresses, BYTEWAX_PROCESS_ID="0"
+        )
+    assert "Address already in use" in one_error(enriched)
+
+
+def test_import_starts_nothing() -> None:
+    seen = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import pathlib, threading, kafka_enrich\n"
+            "print(threading.active_count(), [fd for fd in pathlib.Path('/proc/self/fd').iterdir() if fd.is_socket()])",
+        ],
+        cwd=PROJECT,
+        env={"KAFKA_BROKERS": "no brokers", "CACHE_SIZE": "many"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert seen.stdout == "1 []\n"

@@ -1,0 +1,206 @@
+"""The loader: every kind of file, topics that exist and do not, and counts that are true."""
+
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from kafka import KafkaAdminClient
+
+from conftest import PROJECT, Program, Topics
+from load_data import SAMPLE, rows
+
+GERMANY = ("5.159.132.1", "Germany")
+
+
+def test_sample_is_whole_and_real() -> None:
+    found = list(rows(SAMPLE))
+    assert not [row for row in found if isinstance(row, str)]
+    assert len(found) == len(set(found)) == len(SAMPLE.read_text().splitlines()) - 1
+    assert len({row[1] for row in found}) >= 50
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"ip,country\n5.159.132.1,Germany\n",
+        b"5.159.132.1,Germany\n",
+        b"ip,country\n5.159.132.1,Germany",
+        b"IP Address,Country\r\n5.159.132.1,Germany\r\n",
+        b"\xef\xbb\xbfip,country\n5.159.132.1,Germany\n",
+        b"\xef\xbb\xbf5.159.132.1,Germany\n",
+        b"\n\nip,country\n\n , \n5.159.132.1,Germany\n\n",
+        b'"5.159.132.1","Germany"\n',
+        b" 5.159.132.1 , Germany \n",
+        b"ip,country\r5.159.132.1,Germany\r",
+    ],
+)
+def test_one_row(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+    assert list(rows(path)) == [GERMANY]
+
+
+def test_country_with_a_comma_or_more_than_ascii(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('ip,country\n1.2.3.4,"Korea, Republic of"\n2001:db8::1,Türkiye\n', encoding="utf-8")
+    assert list(rows(path)) == [("1.2.3.4", "Korea, Republic of"), ("2001:db8::1", "Türkiye")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"5.159.132.1",
+        b"5.159.132.1,",
+        b",Germany",
+        b"Germany,5.159.132.1",
+        b"5.159.132.1,Germany,Berlin",
+        b"5.159.132.1;Germany",
+        b"5.159.132.256,Germany",
+        b"ip,country",
+        b"5.159.132.1,\xff",
+        b"5.159.132.1,a\x00b",
+        b'5.159.132.1,"Ger\nmany"',
+        b"5.159.132.1," + b"x" * 200_000,
+    ],
+)
+def test_row_that_is_none_is_reported_with_its_line(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"ip,country\n\n" + line + b"\n5.159.132.1,Germany\n")
+    report, row = rows(path)
+    assert row == GERMANY
+    assert isinstance(report, str)
+    assert report.startswith(f"{path}:3: ")
+    assert len(report) < 300
+
+
+def test_quote_that_never_closes_is_reported_where_it_opens(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'5.159.132.1,Germany\n5.159.132.1,"Germany\n5.159.132.1,Germany\n')
+    row, report = rows(path)
+    assert row == GERMANY
+    assert isinstance(report, str)
+    assert report.startswith(f"{path}:2: ")
+
+
+def test_loads_file_into_topics_that_it_creates(
+    load_data_program: Program, topic_names: Topics, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('ip,country\n1.2.3.4,"Korea, Republic of"\n2001:db8::1,Türkiye\n1.2.3.4,Germany', encoding="utf-8")
+    ended = load_data_program(str(path), "--partitions", "3", **topic_names.environment())
+    assert (ended.exit_code, ended.errors) == (0, "")
+    assert ended.output.endswith(f"loaded 3 records into topic {topic_names.input}\n")
+    assert Counter(topic_names.read(topic_names.input)) == Counter(
+        [
+            (b"Korea, Republic of", b"1.2.3.4"),
+            ("Türkiye".encode(), b"2001:db8::1"),
+            (b"Germany", b"1.2.3.4"),
+        ]
+    )
+    with KafkaAdminClient(bootstrap_servers=topic_names.address) as admin:
+        found = admin.describe_topics([topic_names.input, topic_names.output])
+    assert [len(topic["partitions"]) for topic in found] == [3, 3]
+
+
+def test_topics_that_exist_are_said_and_kept(load_data_program: Program, topics: Topics, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("1.2.3.4,Germany\n")
+    ended = load_data_program(str(path), **topics.environment())
+    assert ended.exit_code == 0
+    assert f"topic {topics.input} exists already" in ended.output
+    assert f"topic {topics.output} exists already" in ended.output
+    assert "created" not in ended.output
+
+
+def test_skipped_rows_are_reported_and_in_the_exit_code(
+    load_data_program: Program, topics: Topics, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("1.2.3.4,Germany\nnonsense\n1.2.3.5,Germany\n")
+    ended = load_data_program(str(path), **topics.environment())
+    assert ended.exit_code == 3
+    assert f"{path}:2: not ip,country: 'nonsense'; skipped" in ended.errors
+    assert "loaded 2 records" in ended.output
+
+
+def test_refused_record_is_not_counted(load_data_program: Program, topic_names: Topics, tmp_path: Path) -> None:
+    topic_names.create(topic_names.input, configs={"max.message.bytes": "1000"})
+    topic_names.create(topic_names.output)
+    path = tmp_path / "rows.csv"
+    path.write_text(f"1.2.3.4,Germany\n1.2.3.4,{'x' * 2000}\n")
+    ended = load_data_program(str(path), **topic_names.environment())
+    assert ended.exit_code == 1
+    loaded = len(topic_names.read(topic_names.input))
+    assert f"loaded {loaded} records" in ended.output
+    assert "load_data.py: ended early: " in ended.errors
+
+
+def test_too_many_replicas_is_an_error(load_data_program: Program, topic_names: Topics) -> None:
+    ended = load_data_program(str(SAMPLE), "--replication-factor", "3", **topic_names.environment())
+    assert ended.exit_code == 1
+    assert "InvalidReplicationFactorError" in ended.errors
+    assert ended.errors.count("\n") == 1
+
+
+def test_invalid_topic_name_is_an_error(load_data_program: Program, topic_names: Topics) -> None:
+    ended = load_data_program(str(SAMPLE), **{**topic_names.environment(), "KAFKA_INPUT_TOPIC": "two words"})
+    assert ended.exit_code == 1
+    assert ended.errors.count("\n") == 1
+
+
+def test_missing_file(load_data_program: Program) -> None:
+    ended = load_data_program("/no/such.csv")
+    assert (ended.exit_code, ended.errors) == (2, "load_data.py: /no/such.csv: there is no such file\n")
+
+
+def test_folder_as_file(load_data_program: Program, topics: Topics, tmp_path: Path) -> None:
+    ended = load_data_program(str(tmp_path), **topics.environment())
+    assert ended.exit_code == 1
+    assert "loaded 0 records" in ended.output
+    assert "Is a directory" in ended.errors
+
+
+def test_broker_away(load_data_program: Program) -> None:
+    before = time.monotonic()
+    ended = load_data_program(str(SAMPLE), KAFKA_BROKERS="localhost:1")
+    assert ended.exit_code == 1
+    assert "localhost:1 (KAFKA_BROKERS)" in ended.errors
+    assert ended.errors.count("\n") == 1
+    assert time.monotonic() - before < 15
+
+
+def test_brokers_that_are_no_brokers(load_data_program: Program) -> None:
+    ended = load_data_program(str(SAMPLE), KAFKA_BROKERS="localhost:x")
+    assert ended.exit_code == 2
+    assert "KAFKA_BROKERS='localhost:x'" in ended.errors
+    assert ended.errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", [["--partitions", "0"], ["--replication-factor", "x"], ["--no-such"]])
+def test_wrong_usage(load_data_program: Program, option: list[str]) -> None:
+    assert load_data_program(*option).exit_code == 2
+
+
+def test_help_names_topics_and_variables(load_data_program: Program) -> None:
+    ended = load_data_program("--help")
+    for word in (
+        "KAFKA_BROKERS       localhost:9092",
+        "KAFKA_INPUT_TOPIC   ip_address_by_country",
+        "KAFKA_OUTPUT_TOPIC  ip_address_by_location",
+    ):
+        assert word in ended.output
+
+
+def test_default_file_is_the_sample(topic_names: Topics) -> None:
+    ended = subprocess.run(
+        [sys.executable, str(PROJECT / "load_data.py")],
+        env=topic_names.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0
+    assert len(topic_names.read(topic_names.input)) == len(list(rows(SAMPLE)))

@@ -1,0 +1,165 @@
+"""The environment contract: every variable, every bad value, no secret in any message."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import load_data
+from conftest import PROJECT
+from kafka_enrich import SettingsError, read_settings
+
+
+def test_defaults() -> None:
+    settings = read_settings({})
+    assert settings.brokers == ["localhost:9092"]
+    assert (settings.input_topic, settings.output_topic) == ("ip_address_by_country", "ip_address_by_location")
+    assert (settings.geoip_database, settings.ipapi_url, settings.ipapi_key) == (None, "https://ipapi.co", None)
+    assert (settings.cache_size, settings.log_level) == (100_000, "INFO")
+    assert (settings.addresses, settings.process_id, settings.workers_per_process) == (["localhost:2101"], 0, 1)
+
+
+def test_several_brokers() -> None:
+    settings = read_settings({"KAFKA_BROKERS": "a.example:9092, [::1]:9093"})
+    assert settings.brokers == ["a.example:9092", "[::1]:9093"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("KAFKA_BROKERS", ""),
+        ("KAFKA_BROKERS", "localhost"),
+        ("KAFKA_BROKERS", "localhost:9092,"),
+        ("KAFKA_BROKERS", "localhost:x"),
+        ("KAFKA_BROKERS", "localhost:0"),
+        ("KAFKA_BROKERS", "localhost:65536"),
+        ("KAFKA_BROKERS", "PLAINTEXT://localhost:9092"),
+        ("KAFKA_INPUT_TOPIC", ""),
+        ("KAFKA_INPUT_TOPIC", "two words"),
+        ("KAFKA_INPUT_TOPIC", ".."),
+        ("KAFKA_INPUT_TOPIC", "ip_address_by_location"),
+        ("KAFKA_OUTPUT_TOPIC", "x" * 250),
+        ("KAFKA_OUTPUT_TOPIC", "ip_address_by_country"),
+        ("KAFKA_TAIL", ""),
+        ("KAFKA_TAIL", "yes"),
+        ("IPAPI_URL", ""),
+        ("IPAPI_URL", "ipapi.co"),
+        ("IPAPI_URL", "ftp://ipapi.co"),
+        ("IPAPI_URL", "https://ipapi.co?a=b"),
+        ("IPAPI_URL", "http://localhost:x"),
+        ("CACHE_SIZE", ""),
+        ("CACHE_SIZE", "-1"),
+        ("CACHE_SIZE", "1e5"),
+        ("CACHE_SIZE", "10000001"),
+        ("CACHE_SIZE", "٣"),
+        ("LOG_LEVEL", "loud"),
+        ("BYTEWAX_WORKERS_PER_PROCESS", "0"),
+    ],
+)
+def test_bad_value_is_named(name: str, value: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        read_settings({name: value})
+    assert re.fullmatch(f"KAFKA_OUTPUT_TOPIC.*|{name}.*", str(error.value))
+    assert repr(value.split(",")[-1]) in str(error.value)
+
+
+def test_key_is_not_shown() -> None:
+    assert "s3cret" not in repr(read_settings({"IPAPI_KEY": "s3cret"}))
+    with pytest.raises(SettingsError, match="IPAPI_KEY") as error:
+        read_settings({"IPAPI_KEY": "s3cret with blanks"})
+    assert "s3cret" not in str(error.value)
+
+
+def test_password_in_the_url_is_refused_and_not_shown() -> None:
+    with pytest.raises(SettingsError, match="IPAPI_URL") as error:
+        read_settings({"IPAPI_URL": "https://user:s3cret@ipapi.co"})
+    assert "s3cret" not in str(error.value)
+
+
+def test_one_process_with_several_workers() -> None:
+    settings = read_settings({"BYTEWAX_WORKERS_PER_PROCESS": "3"})
+    assert (settings.addresses, settings.workers_per_process) == (["localhost:2101"], 3)
+
+
+def test_process_by_addresses() -> None:
+    settings = read_settings({"BYTEWAX_ADDRESSES": "a:2101;b:2101", "BYTEWAX_PROCESS_ID": "1"})
+    assert (settings.addresses, settings.process_id, settings.workers_per_process) == (["a:2101", "b:2101"], 1, 1)
+
+
+def test_process_by_host_file_and_pod_name(tmp_path: Path) -> None:
+    host_file = tmp_path / "hostfile.txt"
+    host_file.write_text("enrich-0.enrich:2101\nenrich-1.enrich:2101\n\n")
+    settings = read_settings(
+        {
+            "BYTEWAX_HOSTFILE_PATH": str(host_file),
+            "BYTEWAX_POD_NAME": "enrich-1",
+            "BYTEWAX_STATEFULSET_NAME": "enrich",
+            "BYTEWAX_WORKERS_PER_PROCESS": "2",
+        }
+    )
+    assert settings.addresses == ["enrich-0.enrich:2101", "enrich-1.enrich:2101"]
+    assert (settings.process_id, settings.workers_per_process) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"BYTEWAX_ADDRESSES": "a:1"}, "BYTEWAX_PROCESS_ID"),
+        ({"BYTEWAX_PROCESS_ID": "0"}, "BYTEWAX_ADDRESSES"),
+        (
+            {"BYTEWAX_ADDRESSES": "a:1", "BYTEWAX_HOSTFILE_PATH": "f", "BYTEWAX_PROCESS_ID": "0"},
+            "BYTEWAX_HOSTFILE_PATH",
+        ),
+        ({"BYTEWAX_ADDRESSES": "a:1", "BYTEWAX_PROCESS_ID": "0", "BYTEWAX_POD_NAME": "x-0"}, "BYTEWAX_POD_NAME"),
+        ({"BYTEWAX_ADDRESSES": "a:1", "BYTEWAX_POD_NAME": "x-0"}, "BYTEWAX_STATEFULSET_NAME"),
+        (
+            {"BYTEWAX_ADDRESSES": "a:1", "BYTEWAX_POD_NAME": "x-0", "BYTEWAX_STATEFULSET_NAME": "y"},
+            "BYTEWAX_POD_NAME='x-0'",
+        ),
+        ({"BYTEWAX_ADDRESSES": "a:1", "BYTEWAX_PROCESS_ID": "1"}, "BYTEWAX_PROCESS_ID='1'"),
+        ({"BYTEWAX_ADDRESSES": "a:1", "BYTEWAX_PROCESS_ID": "one"}, "BYTEWAX_PROCESS_ID='one'"),
+        ({"BYTEWAX_ADDRESSES": "a", "BYTEWAX_PROCESS_ID": "0"}, "BYTEWAX_ADDRESSES: 'a'"),
+        ({"BYTEWAX_HOSTFILE_PATH": "/no/such", "BYTEWAX_PROCESS_ID": "0"}, "BYTEWAX_HOSTFILE_PATH='/no/such'"),
+    ],
+)
+def test_bad_cluster_is_named(environment: dict[str, str], named: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(named)):
+        read_settings(environment)
+
+
+class Recording(dict[str, str]):
+    """An environment that remembers which names it was asked for."""
+
+    def __init__(self, **values: str) -> None:
+        super().__init__(**values)
+        self.asked: set[str] = set()
+
+    def get(self, name: str, default: str | None = None) -> str | None:  # type: ignore[override]
+        self.asked.add(name)
+        return super().get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        self.asked.add(str(name))
+        return super().__contains__(name)
+
+
+def names_in_the_readme() -> set[str]:
+    table = (PROJECT / "README.md").read_text().split("## Settings")[1].split("\n## ")[0]
+    return {name for row in re.findall(r"^\|(.*?)\|", table, re.M) for name in re.findall(r"`([A-Z][A-Z_]+)`", row)}
+
+
+def test_readme_has_every_variable_and_no_other() -> None:
+    environment = Recording()
+    read_settings(environment)
+    asked = environment.asked | {"BYTEWAX_STATEFULSET_NAME"}  # read only beside BYTEWAX_POD_NAME
+    assert names_in_the_readme() == asked
+
+
+def test_both_scripts_share_names_and_defaults() -> None:
+    environment = Recording()
+    loader = load_data.read_settings(environment)
+    assert environment.asked == {"KAFKA_BROKERS", "KAFKA_INPUT_TOPIC", "KAFKA_OUTPUT_TOPIC"}
+    assert environment.asked < names_in_the_readme()
+    for env in ({}, {"KAFKA_BROKERS": "a:1,b:2", "KAFKA_INPUT_TOPIC": "from", "KAFKA_OUTPUT_TOPIC": "to"}):
+        loader, enricher = load_data.read_settings(env), read_settings(env)
+        assert loader == (enricher.brokers, enricher.input_topic, enricher.output_topic)
