@@ -3,11 +3,14 @@
     python load_data.py                                # seed the input topic with sample addresses
     python kafka_enrich.py                             # enrich what it holds, asking ipapi.co, and stop
     GEOIP_DATABASE=city.mmdb python kafka_enrich.py    # the same from a local City database
+    KAFKA_TAIL=1 GEOIP_DATABASE=city.mmdb python kafka_enrich.py    # go on with what arrives, and after a restart
 
 Every setting comes from the environment; the README has the table. Exit codes: 0, each record that was read is
-on the output topic; 1, Kafka or the dataflow failed; 2, a setting is wrong; 128 + n, signal n ended the pass early.
+on the output topic, or a signal ended KAFKA_TAIL=1; 1, Kafka or the dataflow failed; 2, a setting is wrong;
+128 + n, signal n ended a pass early.
 """
 
+import bisect
 import functools
 import ipaddress
 import itertools
@@ -19,12 +22,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
-from types import FrameType
-from typing import NamedTuple, NoReturn
+from logging.handlers import BufferingHandler
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
 import maxminddb
@@ -32,13 +38,14 @@ import orjson
 import requests
 import urllib3
 from bytewax.dataflow import Dataflow
-from bytewax.execution import cluster_main
+from bytewax.execution import PeriodicEpochConfig, cluster_main
 from bytewax.inputs import KafkaInputConfig
 from bytewax.outputs import KafkaOutputConfig
 from bytewax.parse import proc_env
-from kafka import KafkaAdminClient, TopicPartition
+from bytewax.recovery import KafkaRecoveryConfig, RecoveryConfig, SqliteRecoveryConfig
+from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.admin import OffsetSpec
-from kafka.errors import KafkaError, UnknownTopicOrPartitionError, for_code
+from kafka.errors import KafkaError, TopicAlreadyExistsError, UnknownTopicOrPartitionError, for_code
 
 log = logging.getLogger("kafka_enrich")
 
@@ -57,14 +64,31 @@ class Settings:
     brokers: list[str]
     input_topic: str
     output_topic: str
+    tail: bool
+    recovery_dir: str | None
+    epoch_seconds: float
+    consumer: dict[str, str] = field(repr=False)
+    producer: dict[str, str] = field(repr=False)
+    admin: dict[str, str | bool] = field(repr=False)
     geoip_database: str | None
     ipapi_url: str
     ipapi_key: str | None = field(repr=False)
+    on_lookup_failed: str
     cache_size: int
     log_level: str
     addresses: list[str]
     process_id: int
     workers_per_process: int
+
+    @property
+    def workers(self) -> int:
+        """How many workers the whole cluster has."""
+        return len(self.addresses) * self.workers_per_process
+
+    @property
+    def recovery_name(self) -> str:
+        """Where the recovery state is: another number of workers could not use it, and would do nothing or all."""
+        return f"{self.input_topic}-to-{self.output_topic}-{self.workers}-workers"
 
 
 def read_settings(env: Mapping[str, str]) -> Settings:
@@ -79,10 +103,16 @@ def read_settings(env: Mapping[str, str]) -> Settings:
     Raises:
         SettingsError: one of them cannot be used.
     """
-    if (tail := env.get("KAFKA_TAIL", "0")) != "0":
-        raise SettingsError(f"KAFKA_TAIL={tail!r} is not 0 (enrich what the topic holds, and stop)")
-    if (log_level := env.get("LOG_LEVEL", "INFO")) not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        raise SettingsError(f"LOG_LEVEL={log_level!r} is not one of DEBUG, INFO, WARNING, ERROR")
+    tail = choice(env, "KAFKA_TAIL", "0", "1") == "1"
+    consumer, producer, admin = read_client_properties(env)
+    recovery_dir = env.get("RECOVERY_DIR")
+    if recovery_dir is not None and not (tail and recovery_dir.strip()):
+        raise SettingsError(f"RECOVERY_DIR={recovery_dir!r} is for KAFKA_TAIL=1, and the path of a folder")
+    if tail and recovery_dir is None and admin:
+        raise SettingsError(
+            "KAFKA_TAIL=1 needs RECOVERY_DIR with KAFKA_CLIENT_SECURITY_PROTOCOL: the engine keeps its recovery state "
+            "in Kafka over plaintext only"
+        )
     input_topic = topic_name(env, "KAFKA_INPUT_TOPIC", "ip_address_by_country")
     output_topic = topic_name(env, "KAFKA_OUTPUT_TOPIC", "ip_address_by_location")
     if input_topic == output_topic:
@@ -92,15 +122,30 @@ def read_settings(env: Mapping[str, str]) -> Settings:
         brokers=host_ports("KAFKA_BROKERS", env.get("KAFKA_BROKERS", "localhost:9092").split(",")),
         input_topic=input_topic,
         output_topic=output_topic,
+        tail=tail,
+        recovery_dir=recovery_dir,
+        epoch_seconds=read_epoch_seconds(env.get("EPOCH_SECONDS", "1")),
+        consumer=consumer,
+        producer=producer,
+        admin=admin,
         geoip_database=env.get("GEOIP_DATABASE"),
         ipapi_url=read_ipapi_url(env.get("IPAPI_URL", "https://ipapi.co")),
         ipapi_key=read_ipapi_key(env.get("IPAPI_KEY")),
+        on_lookup_failed=choice(env, "ON_LOOKUP_FAILED", "mark", "stop"),
         cache_size=whole_number(env, "CACHE_SIZE", "100000", 0, 10_000_000),
-        log_level=log_level,
+        log_level=choice(env, "LOG_LEVEL", "INFO", "DEBUG", "WARNING", "ERROR"),
         addresses=addresses,
         process_id=process_id,
         workers_per_process=workers_per_process,
     )
+
+
+def choice(env: Mapping[str, str], name: str, default: str, *others: str) -> str:
+    """Read one of several words."""
+    value = env.get(name, default)
+    if value not in (default, *others):
+        raise SettingsError(f"{name}={value!r} is not one of {', '.join((default, *others))}")
+    return value
 
 
 def topic_name(env: Mapping[str, str], name: str, default: str) -> str:
@@ -117,6 +162,13 @@ def whole_number(env: Mapping[str, str], name: str, default: str, low: int, high
     if not re.fullmatch(r"[0-9]{1,9}", value) or not low <= int(value) <= high:
         raise SettingsError(f"{name}={value!r} is not a whole number from {low} to {high}")
     return int(value)
+
+
+def read_epoch_seconds(value: str) -> float:
+    """Read the length of an epoch; one costs about 18 ms, so that below 0.1 s the dataflow does little else."""
+    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,3})?", value) or not 0.1 <= float(value) <= 3600:
+        raise SettingsError(f"EPOCH_SECONDS={value!r} is not a number from 0.1 to 3600")
+    return float(value)
 
 
 def host_ports(name: str, values: list[str]) -> list[str]:
@@ -137,7 +189,9 @@ def read_ipapi_url(value: str) -> str:
         usable = False
     if "@" in value:
         raise SettingsError("IPAPI_URL holds a user name or a password; the API takes its key from IPAPI_KEY")
-    if not usable or not re.fullmatch(r"[!-~]+", value) or url.query or url.fragment:
+    if "?" in value or "#" in value:
+        raise SettingsError("IPAPI_URL holds a query; the API takes its key from IPAPI_KEY")
+    if not usable or not re.fullmatch(r"[!-~]+", value):
         raise SettingsError(f"IPAPI_URL={value!r} is not http://host[:port][/path] or https://…")
     return value.rstrip("/")
 
@@ -147,6 +201,108 @@ def read_ipapi_key(value: str | None) -> str | None:
     if value is not None and not re.fullmatch(r"[!-~]+", value):
         raise SettingsError("IPAPI_KEY is empty or holds characters that no key has; unset it to go without")
     return value
+
+
+# librdkafka's properties (its CONFIGURATION.md, version 1.8.2, which is inside the engine) that can be chosen.
+CLIENT_PROPERTIES = """
+    api.version.fallback.ms api.version.request api.version.request.timeout.ms broker.address.family broker.address.ttl
+    broker.version.fallback client.id client.rack connections.max.idle.ms debug enable.ssl.certificate.verification
+    log.connection.close max.in.flight message.copy.max.bytes metadata.max.age.ms receive.message.max.bytes
+    reconnect.backoff.max.ms reconnect.backoff.ms request.timeout.ms sasl.mechanism sasl.password sasl.username
+    security.protocol socket.keepalive.enable socket.max.fails socket.nagle.disable socket.receive.buffer.bytes
+    socket.send.buffer.bytes socket.timeout.ms ssl.ca.location ssl.certificate.location ssl.cipher.suites
+    ssl.crl.location ssl.curves.list ssl.endpoint.identification.algorithm ssl.key.location ssl.key.password
+    ssl.sigalgs.list topic.metadata.refresh.interval.ms topic.metadata.refresh.sparse
+""".split()
+CONSUMER_PROPERTIES = """
+    check.crcs fetch.error.backoff.ms fetch.max.bytes fetch.message.max.bytes fetch.min.bytes fetch.wait.max.ms group.id
+    isolation.level max.partition.fetch.bytes queued.max.messages.kbytes queued.min.messages
+""".split()
+PRODUCER_PROPERTIES = """
+    batch.num.messages batch.size compression.codec compression.level compression.type linger.ms
+    queue.buffering.backpressure.threshold queue.buffering.max.kbytes queue.buffering.max.messages
+    queue.buffering.max.ms retry.backoff.ms sticky.partitioning.linger.ms
+""".split()
+
+CONSUMER = {
+    # Where records expire before they are read, go on with those that are left: the default skips them all.
+    "auto.offset.reset": "earliest",
+}
+PRODUCER = {
+    # A record that the broker refuses has to stop the dataflow: the default drops it without a word.
+    "acks": "all",
+    "enable.idempotence": "true",
+    "enable.gapless.guarantee": "true",
+    "message.timeout.ms": "0",
+    # Which record is too large is for the broker to say; above this setting the engine would panic.
+    "message.max.bytes": "1000000000",
+    # A full queue is a panic as well.
+    "queue.buffering.max.messages": "1000000",
+    # As Java and kafka-python choose partitions: a key has the same one in two topics of the same size.
+    "partitioner": "murmur2_random",
+}
+# What the checks before the start need to know, in the words of kafka-python.
+ADMIN_PROPERTIES = {
+    "security.protocol": "security_protocol",
+    "sasl.mechanism": "sasl_mechanism",
+    "sasl.username": "sasl_plain_username",
+    "sasl.password": "sasl_plain_password",
+    "ssl.ca.location": "ssl_cafile",
+    "ssl.certificate.location": "ssl_certfile",
+    "ssl.key.location": "ssl_keyfile",
+    "ssl.key.password": "ssl_password",
+}
+
+
+def read_client_properties(env: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str], dict[str, str | bool]]:
+    """Read KAFKA_CLIENT_*, KAFKA_CONSUMER_* and KAFKA_PRODUCER_*: KAFKA_CLIENT_SASL_MECHANISM is sasl.mechanism.
+
+    Args:
+        env: where they are.
+
+    Returns:
+        librdkafka's properties for the input and for the output, and kafka-python's for the checks, which are empty
+        for brokers that ask for no security.
+
+    Raises:
+        SettingsError: there is no such property, or choosing it could lose records; values are not shown.
+    """
+    client, consumer, producer = (
+        chosen_properties(env, prefix, allowed)
+        for prefix, allowed in (
+            ("KAFKA_CLIENT_", CLIENT_PROPERTIES),
+            ("KAFKA_CONSUMER_", CONSUMER_PROPERTIES),
+            ("KAFKA_PRODUCER_", PRODUCER_PROPERTIES),
+        )
+    )
+    protocol = client.get("security.protocol", "PLAINTEXT").upper()
+    if protocol not in ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"):
+        raise SettingsError(f"KAFKA_CLIENT_SECURITY_PROTOCOL={protocol!r} is not SSL, SASL_SSL or SASL_PLAINTEXT")
+    for kind, has in (("sasl", protocol.startswith("SASL")), ("ssl", protocol.endswith("SSL"))):
+        if not has and any(name.startswith(f"{kind}.") for name in client):
+            raise SettingsError(f"KAFKA_CLIENT_{kind.upper()}_* needs KAFKA_CLIENT_SECURITY_PROTOCOL, not {protocol}")
+    mechanism = client.get("sasl.mechanism", "")
+    if protocol.startswith("SASL") and mechanism not in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"):
+        raise SettingsError(f"KAFKA_CLIENT_SASL_MECHANISM={mechanism!r} is not PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512")
+    admin: dict[str, str | bool] = {}
+    if protocol != "PLAINTEXT":
+        client.setdefault("ssl.endpoint.identification.algorithm", "https")  # librdkafka 1.8.2 trusts any host
+        admin = {ADMIN_PROPERTIES[name]: value for name, value in client.items() if name in ADMIN_PROPERTIES}
+        admin["security_protocol"] = protocol
+        admin["ssl_check_hostname"] = client["ssl.endpoint.identification.algorithm"] == "https"
+    return {**client, **consumer, **CONSUMER}, {**PRODUCER, **client, **producer}, admin
+
+
+def chosen_properties(env: Mapping[str, str], prefix: str, allowed: list[str]) -> dict[str, str]:
+    """Read the properties of one prefix; their values are never shown, one may be a password in the wrong place."""
+    properties = {name: name[len(prefix) :].lower().replace("_", ".") for name in env if name.startswith(prefix)}
+    for name, librdkafka_name in properties.items():
+        if librdkafka_name not in allowed:
+            raise SettingsError(
+                f"{name}: {librdkafka_name} is no property of librdkafka 1.8.2, or not one to be chosen here "
+                "(it belongs to another prefix, or other values of it could lose records)"
+            )
+    return {librdkafka_name: env[name] for name, librdkafka_name in properties.items()}
 
 
 def read_cluster(env: Mapping[str, str]) -> tuple[list[str], int, int]:
@@ -180,6 +336,8 @@ def read_cluster(env: Mapping[str, str]) -> tuple[list[str], int, int]:
     except ValueError:
         raise SettingsError(f"{which[0]}={env[which[0]]!r} holds no number of a process") from None
     addresses, process_id = host_ports(where[0], cluster["addresses"]), cluster["proc_id"]
+    if len(set(addresses)) < len(addresses):
+        raise SettingsError(f"{where[0]}={env[where[0]]!r} names an address twice")
     if not 0 <= process_id < len(addresses):
         raise SettingsError(f"{which[0]}={env[which[0]]!r}: {where[0]} has processes 0 to {len(addresses) - 1} only")
     return addresses, process_id, workers
@@ -308,15 +466,17 @@ def open_database(path: str) -> Locator:
     Raises:
         SettingsError: there is no such file, or it is no database, or has no cities.
     """
+    if not os.path.isfile(path):
+        raise SettingsError(f"GEOIP_DATABASE={path!r}: there is no such file")
     try:
         reader = maxminddb.open_database(path, maxminddb.MODE_MMAP_EXT)
         records = [record for _, record in itertools.islice(reader, 10_000)]
-    except (OSError, ValueError, maxminddb.InvalidDatabaseError) as error:
+        metadata = reader.metadata()
+        built = datetime.fromtimestamp(metadata.build_epoch, timezone.utc)
+    except (OSError, ValueError, OverflowError, maxminddb.InvalidDatabaseError) as error:
         raise SettingsError(f"GEOIP_DATABASE={path!r} cannot be read as a MaxMind database: {error}") from None
     if not any(isinstance(record, dict) and name_in(record.get("city")) for record in records):
         raise SettingsError(f"GEOIP_DATABASE={path!r} holds no cities: it has to be a City database")
-    metadata = reader.metadata()
-    built = datetime.fromtimestamp(metadata.build_epoch, timezone.utc)
     log.info("locating with %s, %s of %s", path, metadata.database_type, built.date())
 
     def locate(text: str) -> Location:
@@ -325,7 +485,7 @@ def open_database(path: str) -> Locator:
             raise NotFound
         try:
             return location_in(reader.get(address))
-        except maxminddb.InvalidDatabaseError:
+        except (ValueError, maxminddb.InvalidDatabaseError):  # the file is damaged at this record
             raise LookupFailed from None
 
     return locate
@@ -340,13 +500,19 @@ class Refused(LookupFailed):
         self.pause = pause
 
 
-def read_reply(status: int, retry_after: str | None, body: bytes) -> Location:
-    """Read what the API replied, its error before its fields: it sends errors with status 200 too.
+class Reply(NamedTuple):
+    """What the API, or a proxy or a firewall in front of it, replied."""
+
+    status: int
+    retry_after: str | None
+    body: bytes
+
+
+def read_reply(reply: Reply) -> Location:
+    """Read a reply, its error before its fields: the API sends errors with status 200 too.
 
     Args:
-        status: the HTTP status.
-        retry_after: the header of that name.
-        body: JSON from the API itself; anything from a proxy or a firewall in front of it.
+        reply: of any kind.
 
     Returns:
         the location.
@@ -355,23 +521,24 @@ def read_reply(status: int, retry_after: str | None, body: bytes) -> Location:
         NotLocated: the kind that the reply says, LookupFailed for one that is no answer about the address.
     """
     try:
-        reply = orjson.loads(body)
+        fields = orjson.loads(reply.body)
     except orjson.JSONDecodeError:
-        reply = None
-    if not isinstance(reply, dict):
-        reply = {"error": True}
-    elif status == 200 and not reply.get("error"):
-        return location_in(reply)
-    reason = str(reply.get("reason")).casefold()
+        fields = None
+    if not isinstance(fields, dict):
+        fields = {}
+    if reply.status == 200 and not fields.get("error") and fields.keys() >= set(Location._fields):
+        return location_in(fields)
+    reason = str(fields.get("reason")).casefold()
     if reason == "reserved ip address":
         raise ReservedIp
     if reason == "invalid ip address":
         raise InvalidIp
-    if status == 404 and "reason" in reply:  # any other page that is not there speaks of a wrong IPAPI_URL
+    if reply.status == 404 and "reason" in fields:  # any other page that is not there speaks of a wrong IPAPI_URL
         raise NotFound
-    if status in (401, 403, 429) or reason == "ratelimited":
-        raise Refused("rate limited" if reason == "ratelimited" else f"HTTP {status}", seconds_in(retry_after))
-    raise LookupFailed(f"HTTP {status} without a location")
+    if reply.status in (401, 403, 429) or reason == "ratelimited":
+        why = "rate limited" if reason == "ratelimited" else f"HTTP {reply.status}"
+        raise Refused(why, seconds_in(reply.retry_after))
+    raise LookupFailed(f"HTTP {reply.status} without a location")
 
 
 def seconds_in(retry_after: str | None) -> float | None:
@@ -380,8 +547,11 @@ def seconds_in(retry_after: str | None) -> float | None:
         if retry_after is None or re.fullmatch(r"\s*[0-9]{1,9}\s*", retry_after):
             return float(retry_after) if retry_after else None
         return (parsedate_to_datetime(retry_after) - datetime.now(timezone.utc)).total_seconds()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
+
+
+LARGEST_REPLY = 65_536  # bytes; a location takes about 800
 
 
 class HttpApi:
@@ -396,7 +566,6 @@ class HttpApi:
     FAILURES_IN_A_ROW = 5
     PAUSE_SECONDS = 60.0
     LONGEST_PAUSE_SECONDS = 86_400.0
-    LARGEST_REPLY = 65_536  # bytes; a location takes about 800
 
     def __init__(self, url: str, key: str | None) -> None:
         """Remember whom to ask.
@@ -457,61 +626,80 @@ class HttpApi:
         deadline = time.monotonic() + self.TOTAL_SECONDS
         back_off = self.BACK_OFF_SECONDS
         while True:
-            try:
-                status, retry_after, body = self._get(address, deadline)
-                problem = f"HTTP {status}"
-            except TimeoutError as error:
-                status, problem = 504, str(error)
-            if status < 500:
-                return read_reply(status, retry_after, body)
+            reply = self._try(address, min(self.TRY_SECONDS, deadline - time.monotonic()))
+            if isinstance(reply, LookupFailed):
+                raise reply
+            if reply is not None and reply.status < 500:
+                return read_reply(reply)
             if time.monotonic() + back_off >= deadline:
-                raise LookupFailed(problem)
+                raise LookupFailed("no reply in time" if reply is None else f"HTTP {reply.status}")
             time.sleep(back_off)
             back_off *= 2
 
-    def _get(self, address: str, deadline: float) -> tuple[int, str | None, bytes]:
-        """Send one request.
+    def _try(self, address: str, seconds: float) -> "Reply | LookupFailed | None":
+        """Send one request, in a thread that can be left behind.
 
-        Errors of requests and urllib3 are never shown as they are: they quote the URL, and it holds the key.
+        Time-outs of sockets begin anew with every byte, and looking up a host's name has none, so only this bounds
+        the time for certain.
 
         Args:
             address: asked for as it is.
-            deadline: on the clock of time.monotonic.
+            seconds: to wait.
 
         Returns:
-            the status, the header Retry-After, and the body.
-
-        Raises:
-            TimeoutError: the reply took too long.
-            LookupFailed: there is no connection, or what came over it is no HTTP or is too much.
+            the reply; None where there is none in time; LookupFailed where there will be none.
         """
         if not hasattr(self._thread, "session"):
-            self._thread.session = requests.Session()
+            self._thread.session = Session()
             self._thread.session.headers["User-Agent"] = f"kafka_enrich {requests.utils.default_user_agent()}"
-        # A reply that trickles in is looked at piece by piece, and each piece may take the time-out once more: so
-        # a try takes twice its time-out at most.
-        seconds = min(self.TRY_SECONDS, (deadline - time.monotonic()) / 2)
-        give_up = time.monotonic() + seconds
-        body = b""
+        replies: SimpleQueue[Reply | LookupFailed | None] = SimpleQueue()
+        arguments = (self._thread.session, f"{self._url}/{address}/json/", self._params, seconds, replies)
+        threading.Thread(target=fetch, args=arguments, daemon=True).start()
         try:
-            with self._thread.session.get(
-                f"{self._url}/{address}/json/",
-                params=self._params,
-                timeout=urllib3.Timeout(total=seconds),
-                allow_redirects=False,
-                stream=True,
-            ) as response:
-                while piece := response.raw.read1(self.LARGEST_REPLY, decode_content=True):
-                    body += piece
-                    if len(body) > self.LARGEST_REPLY:
-                        raise LookupFailed(f"a reply of more than {self.LARGEST_REPLY} bytes")
-                    if time.monotonic() > give_up:
-                        raise TimeoutError("the reply trickles in too slowly")
-                return response.status_code, response.headers.get("Retry-After"), body
-        except (requests.Timeout, urllib3.exceptions.TimeoutError):
-            raise TimeoutError("no reply in time") from None
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            raise LookupFailed(type(error).__name__) from None
+            return replies.get(timeout=seconds)
+        except Empty:
+            del self._thread.session  # it is still in use
+            return None
+
+
+class Session(requests.Session):
+    """A session for which a redirect is a reply like any other: following one could take any time and memory."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Find no target."""
+
+
+def fetch(
+    session: requests.Session,
+    url: str,
+    params: dict[str, str],
+    seconds: float,
+    replies: "SimpleQueue[Reply | LookupFailed | None]",
+) -> None:
+    """Send one request and put what comes of it into the queue.
+
+    Errors of requests and urllib3 are not shown as they are: they quote the URL, and it holds the key.
+
+    Args:
+        session: used by no other thread meanwhile.
+        url: without the query.
+        params: the query.
+        seconds: after which nobody waits any more.
+        replies: gets the reply, None where it took too long, or LookupFailed.
+    """
+    give_up = time.monotonic() + seconds
+    body = b""
+    try:
+        with session.get(url, params=params, timeout=seconds, stream=True) as response:
+            while piece := response.raw.read1(LARGEST_REPLY, decode_content=True):
+                body += piece
+                if len(body) > LARGEST_REPLY or time.monotonic() > give_up:
+                    raise requests.ConnectionError
+            replies.put(Reply(response.status_code, response.headers.get("Retry-After"), body))
+    except (requests.Timeout, urllib3.exceptions.TimeoutError):
+        replies.put(None)
+    except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:  # requests' own errors are OSErrors
+        replies.put(LookupFailed(str(error) if type(error) is OSError else type(error).__name__))
 
 
 def open_locator(settings: Settings) -> Locator:
@@ -524,17 +712,24 @@ def open_locator(settings: Settings) -> Locator:
 # --- Records: bytes in, bytes out -------------------------------------------------------------------------------
 
 Record = tuple[bytes | None, bytes | None]
+GetLocation = Callable[[Record], tuple[bytes | None, bytes]]
 RESULTS = ("located", "invalid_ip", "reserved_ip", "not_found", "lookup_failed")
+NOT_CACHED = "not_cached"
 NOWHERE = Location(None, None, None)
 
 
 class Tally(threading.local):
-    """Counts of records by result, one for each worker thread: a count that they shared would lose some."""
+    """Counts of records, one for each worker thread: Python does not promise that a shared one loses none."""
 
     def __init__(self, tallies: list[dict[str, int]]) -> None:
         """Start the calling thread's counts, and put them where all can be added up."""
-        self.count = dict.fromkeys(RESULTS, 0)
+        self.count = dict.fromkeys((*RESULTS, NOT_CACHED), 0)
         tallies.append(self.count)
+
+
+def add_up(tallies: list[dict[str, int]]) -> dict[str, int]:
+    """Add up what all worker threads have counted."""
+    return {name: sum(tally[name] for tally in tallies) for name in (*RESULTS, NOT_CACHED)}
 
 
 def text_of(value: bytes) -> str:
@@ -548,20 +743,27 @@ def to_json(ip: str | None, location: Location, error: str | None = None) -> byt
     return orjson.dumps(record if error is None else {**record, "error": error})
 
 
-def make_get_location(locate: Locator, cache_size: int, tally: Tally) -> Callable[[Record], tuple[bytes | None, bytes]]:
+class LookupStopped(Exception):
+    """A look-up failed, and ON_LOOKUP_FAILED says to stop then."""
+
+
+def make_get_location(locate: Locator, cache_size: int, on_lookup_failed: str, tally: Tally) -> GetLocation:
     """Make the function that turns each record of the input topic into one of the output topic.
 
     Args:
         locate: where locations come from.
         cache_size: how many final answers to remember, 0 or more; the least recently used goes first.
+        on_lookup_failed: mark or stop.
         tally: where the results are counted.
 
     Returns:
-        get_location: (key, value) in; the same key and JSON by the record contract out, for any bytes or None.
+        get_location: (key, value) in; the same key and JSON by the record contract out, for any bytes or None. With
+        "stop" it raises LookupStopped at a failed look-up.
     """
 
     @functools.lru_cache(cache_size)
     def answer(value: bytes | None) -> tuple[bytes, str]:
+        tally.count[NOT_CACHED] += 1
         if value is None:
             return to_json(None, NOWHERE, InvalidIp.error), InvalidIp.error
         text = text_of(value)
@@ -579,7 +781,10 @@ def make_get_location(locate: Locator, cache_size: int, tally: Tally) -> Callabl
         try:
             output, result = answer(value) if small else answer.__wrapped__(value)
         except LookupFailed as failed:
-            output, result = to_json(text_of(value or b""), NOWHERE, failed.error), failed.error
+            text = text_of(value or b"")
+            if on_lookup_failed == "stop":
+                raise LookupStopped(text) from None
+            output, result = to_json(text, NOWHERE, failed.error), failed.error
         tally.count[result] += 1
         return key, output
 
@@ -593,34 +798,48 @@ class RunError(Exception):
     """Kafka or the dataflow failed; the message says what to do."""
 
 
+DISCONNECTED = "it closes the connection, as brokers do for a wrong password or security protocol (KAFKA_CLIENT_*)"
+KAFKA_LOG = BufferingHandler(1_000)  # kafka-python logs why there is no connection; its exception does not tell
+
+
 @contextmanager
 def kafka_admin(settings: Settings) -> Iterator[KafkaAdminClient]:
     """Connect to Kafka for some questions; what goes wrong meanwhile becomes a RunError."""
+    KAFKA_LOG.flush()
     try:
         with KafkaAdminClient(
-            bootstrap_servers=settings.brokers, bootstrap_timeout_ms=5_000, request_timeout_ms=10_000
+            bootstrap_servers=settings.brokers, bootstrap_timeout_ms=5_000, request_timeout_ms=10_000, **settings.admin
         ) as admin:
             yield admin
-    except KafkaError as error:
+    except (KafkaError, OSError) as error:
+        reasons = [record.getMessage() for record in KAFKA_LOG.buffer] or [str(error)]
+        # A broker that refuses a password closes the connection too, and sometimes only that is noticed.
+        other = DISCONNECTED if any("disconnected" in reason for reason in reasons) else str(error)
+        reason = next((reason for reason in reasons if "onnection" in reason and "disconnected" not in reason), other)
         raise RunError(
-            f"Kafka does not answer at {','.join(settings.brokers)} ({error}); is it running, and KAFKA_BROKERS right?"
+            f"Kafka at {','.join(settings.brokers)} (KAFKA_BROKERS) cannot be used: {' '.join(reason.split())}"
         ) from None
 
 
-def partitions_of(admin: KafkaAdminClient, topic: str) -> list[TopicPartition]:
-    """List the partitions of a topic that has to be there; asking does not create it."""
+def describe(admin: KafkaAdminClient, topic: str, operation: str) -> list[dict[str, Any]]:
+    """List the partitions of a topic that has to be there and be open to an operation; asking does not create it."""
     [found] = admin.describe_topics([topic])
     if found["error_code"] == UnknownTopicOrPartitionError.errno:
         raise RunError(f"topic {topic!r} does not exist; create it, or run: python load_data.py")
     if found["error_code"]:
         raise RunError(f"topic {topic!r} cannot be used: {for_code(found['error_code']).__name__}")
-    return [TopicPartition(topic, partition["partition_index"]) for partition in found["partitions"]]
+    if operation not in (found.get("authorized_operations") or [operation]):
+        raise RunError(f"topic {topic!r} may not be used: the user in KAFKA_CLIENT_* has no permission to {operation}")
+    partitions: list[dict[str, Any]] = found["partitions"]
+    return partitions
 
 
 def end_offsets(admin: KafkaAdminClient, topic: str) -> int:
     """Add up the end offsets of a topic's partitions: each record written to it moves the sum by one."""
-    latest = dict.fromkeys(partitions_of(admin, topic), OffsetSpec.LATEST)
-    return sum(found.offset for found in admin.list_partition_offsets(latest).values())
+    partitions = [TopicPartition(topic, partition["partition_index"]) for partition in describe(admin, topic, "WRITE")]
+    return sum(
+        found.offset for found in admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST)).values()
+    )
 
 
 def check_topics(settings: Settings) -> int:
@@ -633,21 +852,88 @@ def check_topics(settings: Settings) -> int:
         the end offsets of the output topic, added up.
 
     Raises:
-        RunError: no broker answers, a topic is missing, or a worker would have no partition to read.
+        RunError: no broker answers, a topic is missing or closed, or a worker would have no partition to read.
     """
     with kafka_admin(settings) as admin:
-        partitions = len(partitions_of(admin, settings.input_topic))
-        workers = len(settings.addresses) * settings.workers_per_process
-        if workers > partitions:
+        partitions = describe(admin, settings.input_topic, "READ")
+        version = admin.get_broker_version_data(partitions[0]["leader_id"]).broker_version
+        if version >= (4, 0) and "SCRAM" in str(settings.admin.get("sasl_mechanism")):
             raise RunError(
-                f"{workers} workers are too many for topic {settings.input_topic!r} with its {partitions} partitions: "
-                "every worker reads at least one"
+                "SCRAM works with Kafka 3.9 and older only: the engine's librdkafka 1.8.2 sends a nonce that Kafka 4 "
+                "refuses (librdkafka#4895); use KAFKA_CLIENT_SASL_MECHANISM=PLAIN over SASL_SSL, or client certificates"
             )
+        if settings.workers > len(partitions):
+            raise RunError(
+                f"{settings.workers} workers are too many for topic {settings.input_topic!r} with its "
+                f"{len(partitions)} partitions: every worker reads at least one"
+            )
+        if settings.tail and settings.recovery_dir is None:
+            create_recovery_topics(admin, settings)
+            if settings.process_id == 0:  # the others' engines wait for this one's
+                forget_old_executions(admin, settings)
         return end_offsets(admin, settings.output_topic)
 
 
-def count_missing(settings: Settings, end_before: int, handed_over: int) -> int:
-    """Count the records that the engine took for the output topic and did not get there.
+def create_recovery_topics(admin: KafkaAdminClient, settings: Settings) -> None:
+    """Create the topics of the recovery state before the engine does, as safe as the output, and so that they last.
+
+    The engine would have both compacted. The last record of a key is enough for the state, but not for the progress:
+    there the first and the later ones of a run share a key, and without the first the engine panics at every start.
+
+    Args:
+        admin: connected.
+        settings: the topics and the number of workers.
+    """
+    replicas = len(describe(admin, settings.output_topic, "WRITE")[0]["replica_nodes"])
+    state = {"cleanup.policy": "compact", "segment.ms": "3600000", "delete.retention.ms": "3600000"}
+    progress = {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
+    for topic, configs in (("state", state), ("progress", progress)):
+        wanted = {"num_partitions": settings.workers, "replication_factor": replicas, "configs": configs}
+        with suppress(TopicAlreadyExistsError):
+            admin.create_topics({f"{settings.recovery_name}-{topic}": wanted}, wait_for_metadata=True)
+
+
+def forget_old_executions(admin: KafkaAdminClient, settings: Settings) -> None:
+    """Delete the progress of all executions but the last, before the engine reads it.
+
+    Each worker reads a partition of it and tells the others, in no order between them. Where one hears of an older
+    execution after a newer one the engine panics, and does so again at every start. A record's key begins with the
+    number of its execution (bytewax 0.15.1, src/recovery/model/progress.rs), which never falls within a partition.
+
+    Args:
+        admin: connected.
+        settings: the brokers and the recovery state's name.
+
+    Raises:
+        RunError: the progress cannot be read.
+    """
+    consumer = KafkaConsumer(bootstrap_servers=settings.brokers, enable_auto_commit=False, **settings.admin)
+
+    def execution_at(partition: TopicPartition, offset: int) -> int:
+        consumer.assign([partition])
+        consumer.seek(partition, offset)
+        for records in consumer.poll(timeout_ms=10_000, max_records=1).values():
+            return int.from_bytes(records[0].key[:8], "little")
+        raise RunError(f"offset {offset} of {partition} cannot be read; start again")
+
+    try:
+        partitions = [
+            TopicPartition(f"{settings.recovery_name}-progress", worker) for worker in range(settings.workers)
+        ]
+        begins, ends = consumer.beginning_offsets(partitions), consumer.end_offsets(partitions)
+        written = [partition for partition in partitions if begins[partition] < ends[partition]]
+        last = max((execution_at(partition, ends[partition] - 1) for partition in written), default=0)
+        for partition in written:
+            offsets = range(begins[partition], ends[partition])
+            older = bisect.bisect_left(offsets, last, key=functools.partial(execution_at, partition))
+            if older:
+                admin.delete_records({partition: begins[partition] + older})
+    finally:
+        consumer.close()
+
+
+def count_missing(settings: Settings, end_before: int, handed_over: int, seconds: float) -> int:
+    """Count the records that the engine took for the output topic and that did not get there.
 
     At its end the engine gives its queue five seconds and ignores what is left, so only the topic itself can tell.
 
@@ -655,6 +941,7 @@ def count_missing(settings: Settings, end_before: int, handed_over: int) -> int:
         settings: the brokers and the output topic.
         end_before: what check_topics returned.
         handed_over: how many records this process has enriched since.
+        seconds: how long to wait for those still under way, 0 or more.
 
     Returns:
         how many are missing; what others write to the topic meanwhile hides as many.
@@ -662,7 +949,7 @@ def count_missing(settings: Settings, end_before: int, handed_over: int) -> int:
     Raises:
         RunError: no broker answers.
     """
-    give_up = time.monotonic() + 10
+    give_up = time.monotonic() + seconds
     with kafka_admin(settings) as admin:
         while True:
             missing = handed_over - (end_offsets(admin, settings.output_topic) - end_before)
@@ -673,97 +960,176 @@ def count_missing(settings: Settings, end_before: int, handed_over: int) -> int:
 
 # --- The dataflow -----------------------------------------------------------------------------------------------
 
-CONSUMER = {
-    # Where records expire before they are read, go on with those that are left: the default skips them all.
-    "auto.offset.reset": "earliest",
-}
-PRODUCER = {
-    # A record that the broker refuses has to stop the dataflow: the default drops it without a word.
-    "acks": "all",
-    "enable.idempotence": "true",
-    "enable.gapless.guarantee": "true",
-    "message.timeout.ms": "0",
-    # Which record is too large is for the broker to say; above this setting the engine would panic.
-    "message.max.bytes": "1000000000",
-    # A full queue is a panic as well.
-    "queue.buffering.max.messages": "1000000",
-    # As Java and kafka-python choose partitions: a key has the same one in two topics of the same size.
-    "partitioner": "murmur2_random",
-}
 
-
-def run_dataflow(settings: Settings, get_location: Callable[[Record], tuple[bytes | None, bytes]]) -> None:
-    """Run this process of the cluster until every partition of the input topic has been read to its end."""
+def run_dataflow(settings: Settings, get_location: GetLocation) -> None:
+    """Run this process of the cluster: for ever, or until every partition has been read to its end."""
     brokers, addresses, proc_id = settings.brokers, settings.addresses, settings.process_id
 
     flow = Dataflow()
-    flow.input("ip_address", KafkaInputConfig(brokers, settings.input_topic, False, additional_properties=CONSUMER))
+    flow.input(
+        "ip_address",
+        KafkaInputConfig(brokers, settings.input_topic, settings.tail, additional_properties=settings.consumer),
+    )
     # (b"Germany", b"5.159.132.1"), and None for a key or a value that is not there
     flow.map(get_location)
     # (b"Germany", b'{"ip":"5.159.132.1","city":"Berlin","region":"Berlin","country_name":"Germany"}')
-    flow.capture(KafkaOutputConfig(brokers, settings.output_topic, additional_properties=PRODUCER))
+    flow.capture(KafkaOutputConfig(brokers, settings.output_topic, additional_properties=settings.producer))
     # the same, in the producer's queue
-    cluster_main(flow, addresses, proc_id, worker_count_per_proc=settings.workers_per_process)
+    cluster_main(
+        flow,
+        addresses,
+        proc_id,
+        epoch_config=PeriodicEpochConfig(timedelta(seconds=settings.epoch_seconds)),
+        recovery_config=recovery_config(settings),
+        worker_count_per_proc=settings.workers_per_process,
+    )
 
 
-def enrich(settings: Settings) -> None:
-    """Enrich what the input topic holds.
+def recovery_config(settings: Settings) -> RecoveryConfig | None:
+    """Choose where the place to resume from is kept: a pass has none, for the engine would skip what came after it."""
+    if not settings.tail:
+        return None
+    if settings.recovery_dir is None:
+        return KafkaRecoveryConfig(settings.brokers, settings.recovery_name)
+    folder = Path(settings.recovery_dir, settings.recovery_name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"RECOVERY_DIR={settings.recovery_dir!r} cannot be used: {error}") from None
+    return SqliteRecoveryConfig(str(folder))
+
+
+def enrich(settings: Settings, tallies: list[dict[str, int]]) -> None:
+    """Enrich what the input topic holds, and with settings.tail what arrives there, until a signal comes.
 
     Args:
         settings: all of them.
+        tallies: empty; the worker threads' counts come here.
 
     Raises:
-        SettingsError: the City database cannot be used.
+        SettingsError: the City database or the folder for recovery cannot be used.
         RunError: Kafka or the dataflow failed, or not every record reached the output topic.
+        SystemExit: a signal ended a pass.
     """
+    log.info("%s", settings)
     locate = open_locator(settings)
-    tallies: list[dict[str, int]] = []
-    get_location = make_get_location(locate, settings.cache_size, Tally(tallies))
+    get_location = make_get_location(locate, settings.cache_size, settings.on_lookup_failed, Tally(tallies))
     end_before = check_topics(settings)
+
+    def missing(seconds: float) -> int:
+        return count_missing(settings, end_before, count_records(add_up(tallies)), seconds)
+
+    raised: list[BaseException] = []
+
+    def keep(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        raised.append(error)
+        if kind is not LookupStopped:  # that one is no accident, and is told below
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = keep  # the engine prints through this what get_location raises
+    ended = threading.Event()
+    threading.Thread(target=report, args=(ended, tallies, missing), daemon=True).start()
     died = None
     try:
         run_dataflow(settings, get_location)
     except (RuntimeError, ValueError) as error:
         died = error
+    except SystemExit:
+        if not settings.tail:
+            raise
     finally:
-        results = {result: sum(tally[result] for tally in tallies) for result in RESULTS}
-        records = sum(results.values())
-        log.info("%d records in: %s", records, ", ".join(f"{count} {result}" for result, count in results.items()))
+        ended.set()
+        log.info("%s", summary(add_up(tallies)))
 
-    missing = count_missing(settings, end_before, records)
+    if died and raised and isinstance(raised[0], LookupStopped):
+        raise RunError(f"the look-up of {raised[0]} failed, and ON_LOOKUP_FAILED is stop; a new start tries again")
     if died:
+        try:
+            lost = str(missing(0))
+        except RunError as error:
+            lost = f"an unknown number ({error})"
+        resume = "goes on from the last epoch saved" if settings.tail else "begins from the beginning"
         raise RunError(
-            f"the dataflow died: {died} (NotImplemented there means zstd, which the engine cannot read); {missing} of "
-            f"{records} records did not reach topic {settings.output_topic!r}, and the rest is unread; a new start "
-            "begins from the beginning"
+            f"the dataflow died: {repr(raised[0]) if raised else died}; {lost} of the records it read did not reach "
+            f"topic {settings.output_topic!r}; a new start {resume} (the engine's own words are above; NotImplemented "
+            "there means zstd, which it cannot read)"
         )
-    if missing:
+    if lost_count := missing(2 if settings.tail else 10):
+        advice = f"; to send them again, delete the topics {settings.recovery_name}-* first" if settings.tail else ""
         raise RunError(
-            f"{missing} of {records} records did not reach topic {settings.output_topic!r}: the broker refused them "
-            "(its log tells why; often they are above the topic's max.message.bytes) or was too slow"
+            f"{lost_count} of {count_records(add_up(tallies))} records did not reach topic {settings.output_topic!r}: "
+            "the broker was too slow or refused them, and its log tells why (often they are above max.message.bytes, "
+            f"or the topic is compacted and they have no key){advice}"
         )
+
+
+def count_records(counts: dict[str, int]) -> int:
+    """Add up the records of every result."""
+    return sum(counts[result] for result in RESULTS)
+
+
+def summary(counts: dict[str, int]) -> str:
+    """Say what became of the records so far."""
+    records = count_records(counts)
+    results = ", ".join(f"{counts[result]} {result}" for result in RESULTS)
+    return f"{records} records in: {results}; {max(records - counts[NOT_CACHED], 0)} from the cache"
+
+
+def report(ended: threading.Event, tallies: list[dict[str, int]], missing: Callable[[float], int]) -> None:
+    """Log every ten seconds what became of the records, and while none come, whether all have arrived.
+
+    The engine says nothing of a record that the broker refuses until the next one is sent.
+
+    Args:
+        ended: set when there is nothing more to report.
+        tallies: the counts of all worker threads.
+        missing: counts the records that have not reached the output topic.
+    """
+    before = 0
+    while not ended.wait(REPORT_SECONDS):
+        counts = add_up(tallies)
+        records = count_records(counts)
+        log.info("%.0f/s; %s", (records - before) / REPORT_SECONDS, summary(counts))
+        if records == before:
+            try:
+                if late := missing(0):
+                    log.warning("%d of the records have not reached the output topic yet", late)
+            except RunError as error:
+                log.warning("%s", error)
+        before = records
 
 
 # --- The program ------------------------------------------------------------------------------------------------
 
+REPORT_SECONDS = 10
 STOP_SECONDS = 8  # a look-up may take four, and the engine's flush five; containers often give ten
 
 
-def end_on_signals() -> None:
-    """Let Ctrl-C and SIGTERM end the program cleanly, or at all.
+def end_on_signals(tail: bool, tallies: list[dict[str, int]]) -> None:
+    """Let Ctrl-C and SIGTERM end the program: cleanly where records are under way, and at once where none are.
 
-    The engine looks for signals while it runs and stops in good order. While it waits for other processes it does
-    not; but Python's own C handler writes to a wake-up descriptor at once, so a thread that reads from it can end
-    the process after a while.
+    The engine looks for signals while it runs, and stops in good order. While it waits for other processes it does
+    not look, and while it reads its recovery state it aborts; but then no record has been handed over yet. Python's
+    own C handler writes to a wake-up descriptor even while the engine does not return, and a thread reads from that.
+
+    Args:
+        tail: following has no end that a signal could come before, so its exit code is 0 then.
+        tallies: what the worker threads have counted.
     """
 
-    def leave(signum: int, _frame: FrameType | None) -> NoReturn:
-        sys.exit(128 + signum)
+    def leave(signum: int, _frame: FrameType | None = None) -> NoReturn:
+        exit_code = 0 if tail else 128 + signum
+        if count_records(add_up(tallies)) == 0:
+            log.info("ended by %s before the first record", signal.Signals(signum).name)
+            os._exit(exit_code)
+        sys.exit(exit_code)
 
     def watch() -> None:
         signum = os.read(reader, 1)[0]
+        with suppress(SystemExit):
+            leave(signum)
         time.sleep(STOP_SECONDS)
-        os._exit(128 + signum)
+        os._exit(0 if tail else 128 + signum)
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -779,15 +1145,17 @@ def main() -> int:
     Returns:
         its exit code, as the top of this file has them.
     """
-    end_on_signals()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     # What goes wrong in these is told in our own words; theirs would repeat it, with the API's key in the URL.
     for library in ("kafka", "urllib3"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+        logging.getLogger(library).propagate = False
+    logging.getLogger("kafka.net.manager").addHandler(KAFKA_LOG)
+    tallies: list[dict[str, int]] = []
     try:
         settings = read_settings(os.environ)
         log.setLevel(settings.log_level)
-        enrich(settings)
+        end_on_signals(settings.tail, tallies)
+        enrich(settings, tallies)
     except (SettingsError, RunError) as error:
         print(f"kafka_enrich.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1

@@ -9,9 +9,12 @@ import csv
 import ipaddress
 import logging
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,24 +25,66 @@ from tqdm import tqdm
 SAMPLE = Path(__file__).parent / "misc" / "ip_address_w_country.txt"
 CONNECT_SECONDS = 8  # to find a broker
 UNACKNOWLEDGED = 10_000  # records; without a bound the producer would queue a whole file in memory
+DISCONNECTED = "it closes the connection, as brokers do for a wrong password or security protocol (KAFKA_CLIENT_*)"
 EXIT_CODES = "0 all rows are in the topic, 1 not all are, 2 wrong usage, 3 all but those that are no rows of ip,country"
 
 
-class Settings(NamedTuple):
+# The secured brokers' part of KAFKA_CLIENT_*, whose names are librdkafka's, in the words of kafka-python.
+CLIENT = {
+    "KAFKA_CLIENT_SECURITY_PROTOCOL": "security_protocol",
+    "KAFKA_CLIENT_SASL_MECHANISM": "sasl_mechanism",
+    "KAFKA_CLIENT_SASL_USERNAME": "sasl_plain_username",
+    "KAFKA_CLIENT_SASL_PASSWORD": "sasl_plain_password",
+    "KAFKA_CLIENT_SSL_CA_LOCATION": "ssl_cafile",
+    "KAFKA_CLIENT_SSL_CERTIFICATE_LOCATION": "ssl_certfile",
+    "KAFKA_CLIENT_SSL_KEY_LOCATION": "ssl_keyfile",
+    "KAFKA_CLIENT_SSL_KEY_PASSWORD": "ssl_password",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
     """The names and defaults of kafka_enrich.py."""
 
     brokers: list[str]
     input_topic: str
     output_topic: str
+    client: dict[str, str | bool] = field(repr=False)
 
 
 def read_settings(env: Mapping[str, str]) -> Settings:
-    """Read the settings from a mapping such as os.environ."""
-    return Settings(
-        env.get("KAFKA_BROKERS", "localhost:9092").split(","),
-        env.get("KAFKA_INPUT_TOPIC", "ip_address_by_country"),
-        env.get("KAFKA_OUTPUT_TOPIC", "ip_address_by_location"),
-    )
+    """Read the settings from a mapping such as os.environ.
+
+    Args:
+        env: values by name; a name that is absent takes its default.
+
+    Returns:
+        the settings.
+
+    Raises:
+        ValueError: brokers or topics cannot be used; the message names the variable and the value.
+    """
+    brokers = [broker.strip() for broker in env.get("KAFKA_BROKERS", "localhost:9092").split(",")]
+    topics = {
+        "KAFKA_INPUT_TOPIC": env.get("KAFKA_INPUT_TOPIC", "ip_address_by_country"),
+        "KAFKA_OUTPUT_TOPIC": env.get("KAFKA_OUTPUT_TOPIC", "ip_address_by_location"),
+    }
+    for broker in brokers:
+        if not re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}", broker):
+            raise ValueError(f"KAFKA_BROKERS={env['KAFKA_BROKERS']!r} is not host:port, comma separated")
+    for name, topic in topics.items():
+        if not re.fullmatch(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}", topic):
+            raise ValueError(f"{name}={topic!r} is not a topic's name (1 to 249 of A-Z a-z 0-9 . _ -)")
+    if len(set(topics.values())) == 1:
+        raise ValueError(
+            f"KAFKA_OUTPUT_TOPIC={topics['KAFKA_OUTPUT_TOPIC']!r} is the input topic too; choose another one"
+        )
+    client: dict[str, str | bool] = {option: env[name] for name, option in CLIENT.items() if name in env}
+    if client:
+        client["security_protocol"] = str(client.get("security_protocol", "PLAINTEXT")).upper()
+        verify = env.get("KAFKA_CLIENT_SSL_ENDPOINT_IDENTIFICATION_ALGORITHM", "https")
+        client["ssl_check_hostname"] = verify == "https"
+    return Settings(brokers, topics["KAFKA_INPUT_TOPIC"], topics["KAFKA_OUTPUT_TOPIC"], client)
 
 
 def rows(path: Path) -> Iterator[tuple[str, str] | str]:
@@ -66,7 +111,7 @@ def rows(path: Path) -> Iterator[tuple[str, str] | str]:
             except csv.Error as error:
                 yield f"{path}:{reader.line_num}: {error}"
             else:
-                if first_row and cells and cells[0].casefold().startswith("ip"):
+                if first_row and cells and re.fullmatch(r"(ip|address)[ _-]?(address)?", cells[0].casefold()):
                     pass  # the header
                 elif is_row(cells):
                     yield cells[0], cells[1]
@@ -97,7 +142,9 @@ def create_topics(settings: Settings, partitions: int, replication_factor: int) 
     Raises:
         KafkaError: a topic cannot be created for another reason than that it exists.
     """
-    with KafkaAdminClient(bootstrap_servers=settings.brokers, bootstrap_timeout_ms=CONNECT_SECONDS * 1000) as admin:
+    with KafkaAdminClient(
+        bootstrap_servers=settings.brokers, bootstrap_timeout_ms=CONNECT_SECONDS * 1000, **settings.client
+    ) as admin:
         for topic in (settings.input_topic, settings.output_topic):
             try:
                 admin.create_topics(
@@ -131,7 +178,9 @@ def load(settings: Settings, path: Path) -> Outcome:
     problem = None
     sent: deque[Any] = deque()
     with (
-        KafkaProducer(bootstrap_servers=settings.brokers, bootstrap_timeout_ms=CONNECT_SECONDS * 1000) as producer,
+        KafkaProducer(
+            bootstrap_servers=settings.brokers, bootstrap_timeout_ms=CONNECT_SECONDS * 1000, **settings.client
+        ) as producer,
         tqdm(unit=" records", disable=None) as progress,
     ):
 
@@ -153,6 +202,8 @@ def load(settings: Settings, path: Path) -> Outcome:
                     settle(UNACKNOWLEDGED)
         except (KafkaError, OSError) as error:
             problem = str(error)
+        except KeyboardInterrupt:
+            problem = "interrupted"
         while sent:
             try:
                 settle(0)
@@ -176,7 +227,8 @@ def arguments(settings: Settings) -> argparse.Namespace:
         epilog="from the environment, now:\n"
         f"  KAFKA_BROKERS       {','.join(settings.brokers)}\n"
         f"  KAFKA_INPUT_TOPIC   {settings.input_topic}\n"
-        f"  KAFKA_OUTPUT_TOPIC  {settings.output_topic}\n\n"
+        f"  KAFKA_OUTPUT_TOPIC  {settings.output_topic}\n"
+        "  KAFKA_CLIENT_*      security; the names are in the README\n\n"
         f"exit codes: {EXIT_CODES}",
     )
     parser.add_argument("file", nargs="?", type=Path, default=SAMPLE, help="UTF-8 text (default: the sample)")
@@ -191,21 +243,30 @@ def main() -> int:
     Returns:
         its exit code, one of EXIT_CODES.
     """
-    logging.getLogger("kafka").setLevel(logging.CRITICAL)  # its errors are told below, in one line
-    settings = read_settings(os.environ)
+    # kafka-python logs why there is no connection, and its exception does not tell; below that becomes one line.
+    kafka_log = BufferingHandler(1_000)
+    logging.getLogger("kafka").propagate = False
+    logging.getLogger("kafka.net.manager").addHandler(kafka_log)
+    try:
+        settings = read_settings(os.environ)
+    except ValueError as error:
+        print(f"load_data.py: {error}", file=sys.stderr)
+        return 2
     options = arguments(settings)
-    if not options.file.exists():
+    if not os.path.exists(options.file):
         print(f"load_data.py: {options.file}: there is no such file", file=sys.stderr)
         return 2
     try:
         create_topics(settings, options.partitions, options.replication_factor)
         acknowledged, skipped, problem = load(settings, options.file)
     except KafkaError as error:
-        print(f"load_data.py: Kafka at {','.join(settings.brokers)} (KAFKA_BROKERS): {error}", file=sys.stderr)
+        reasons = [record.getMessage() for record in kafka_log.buffer] or [str(error)]
+        # A broker that refuses a password closes the connection too, and sometimes only that is noticed.
+        other = DISCONNECTED if any("disconnected" in reason for reason in reasons) else str(error)
+        reason = next((reason for reason in reasons if "onnection" in reason and "disconnected" not in reason), other)
+        why = " ".join(reason.split())
+        print(f"load_data.py: Kafka at {','.join(settings.brokers)} (KAFKA_BROKERS): {why}", file=sys.stderr)
         return 1
-    except ValueError as error:
-        print(f"load_data.py: KAFKA_BROKERS={','.join(settings.brokers)!r} is not host:port: {error}", file=sys.stderr)
-        return 2
     print(f"loaded {acknowledged} records into topic {settings.input_topic}")
     if problem:
         print(f"load_data.py: ended early: {problem}", file=sys.stderr)

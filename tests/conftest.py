@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import OffsetSpec
 
 from kafka_server import KafkaServer
 
@@ -35,11 +36,13 @@ class Topics(NamedTuple):
     input: str
     output: str
 
+    def admin(self) -> KafkaAdminClient:
+        return KafkaAdminClient(bootstrap_servers=self.address.split(","))
+
     def create(self, topic: str, partitions: int = 4, configs: dict[str, str] | None = None) -> None:
-        with KafkaAdminClient(bootstrap_servers=self.address) as admin:
-            admin.create_topics(
-                {topic: {"num_partitions": partitions, "configs": configs or {}}}, wait_for_metadata=True
-            )
+        options = {"num_partitions": partitions, "configs": configs or {}}
+        with self.admin() as admin:
+            admin.create_topics({topic: options}, wait_for_metadata=True)
 
     def write(self, records: Sequence[tuple[bytes | None, bytes | None]]) -> None:
         with KafkaProducer(bootstrap_servers=self.address, max_request_size=2_000_000) as producer:
@@ -61,6 +64,16 @@ class Topics(NamedTuple):
                 records += [(record.partition, record.key, record.value) for record in batch]
         consumer.close()
         return [(key, value) for _, key, value in sorted(records, key=lambda record: record[0])]
+
+    def end_offset(self) -> int:
+        """How many records the output topic holds."""
+        with self.admin() as admin:
+            [found] = admin.describe_topics([self.output])
+            partitions = [
+                TopicPartition(self.output, partition["partition_index"]) for partition in found["partitions"]
+            ]
+            latest = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
+        return sum(offset.offset for offset in latest.values())
 
     def environment(self) -> dict[str, str]:
         return {"KAFKA_BROKERS": self.address, "KAFKA_INPUT_TOPIC": self.input, "KAFKA_OUTPUT_TOPIC": self.output}
@@ -149,6 +162,7 @@ class Reply(NamedTuple):
     headers: Mapping[str, str] = MappingProxyType({})
     delay: float = 0
     seconds_between_bytes: float = 0
+    seconds_between_header_bytes: float = 0
 
 
 class Api(ThreadingHTTPServer):
@@ -178,6 +192,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.user_agents.append(self.headers["User-Agent"])
         reply = self.server.reply(self.path)
         time.sleep(reply.delay)
+        if reply.seconds_between_header_bytes:
+            for byte in b"HTTP/1.1 200 OK\r\n" * 10:
+                self.wfile.write(bytes([byte]))
+                time.sleep(reply.seconds_between_header_bytes)
         self.send_response(reply.status)
         for name, value in reply.headers.items():
             self.send_header(name, value)

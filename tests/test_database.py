@@ -1,5 +1,6 @@
 """City databases: both schemas, and what is no City database."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from mmdb_writer import MMDBWriter
 from netaddr import IPSet
 
 from conftest import SAMPLE_DATABASE, Program
-from kafka_enrich import Location, NotFound, SettingsError, open_database
+from kafka_enrich import Location, LookupFailed, NotFound, SettingsError, open_database
 
 
 def write(path: Path, records: dict[str, Any], ip_version: int = 6) -> str:
@@ -78,6 +79,23 @@ def test_ipv4_address_in_an_ipv6_database(tmp_path: Path) -> None:
         locate("8.8.8.8")
 
 
+def test_record_damaged_behind_those_read_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "city.mmdb"
+    write(path, {"8.8.8.0/24": BERLIN, "9.9.9.0/24": {**BERLIN, "region": "damaged"}})
+    path.write_bytes(path.read_bytes().replace(b"damaged", b"\xff\xff\xff\xff\xff\xff\xff"))
+    monkeypatch.setattr("kafka_enrich.itertools.islice", lambda records, _number: [next(iter(records))])
+    locate = open_database(str(path))
+    assert locate("8.8.8.8").city == "Berlin"
+    with pytest.raises(LookupFailed):
+        locate("9.9.9.9")
+
+
+def test_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "city.mmdb")
+    with pytest.raises(SettingsError, match="there is no such file"):
+        open_database(str(tmp_path / "city.mmdb"))
+
+
 def test_missing_file() -> None:
     with pytest.raises(SettingsError, match=r"GEOIP_DATABASE='/no/such\.mmdb'"):
         open_database("/no/such.mmdb")
@@ -92,7 +110,7 @@ def test_file_that_is_no_database(tmp_path: Path, content: bytes) -> None:
 
 
 def test_folder() -> None:
-    with pytest.raises(SettingsError, match="cannot be read"):
+    with pytest.raises(SettingsError, match="there is no such file"):
         open_database("/")
 
 
@@ -109,4 +127,5 @@ def test_program_ends_with_one_line(kafka_enrich_program: Program, database: str
     ended = kafka_enrich_program(GEOIP_DATABASE=database)
     assert ended.exit_code == 2
     assert f"GEOIP_DATABASE={database!r}" in ended.errors
-    assert ended.errors.count("\n") == 1
+    assert ended.errors.splitlines()[-1].startswith("kafka_enrich.py: GEOIP_DATABASE=")
+    assert "Traceback" not in ended.errors

@@ -1,5 +1,6 @@
 """The HTTP API: what it answers, every way in which it does not, and the key that nobody sees."""
 
+import itertools
 import json
 import logging
 import socket
@@ -94,10 +95,15 @@ def test_final_answer_without_a_location(api: Api, answer: Reply, error: type[No
         Reply(b""),
         Reply(b"[]"),
         Reply(b"null"),
-        Reply(b'{"city": "\\ud800"}'),
+        Reply(b'{"city": "\\ud800", "region": null, "country_name": null}'),
         Reply(b"[" * 10_000),
         Reply(b'{"city": "' + b"x" * 70_000 + b'"}'),
         Reply(b"garbage", headers={"Content-Encoding": "gzip"}),
+        Reply(b"{}"),
+        Reply(b'{"region": "eu-west-1", "message": "forbidden"}'),
+        Reply(b'{"success": false, "message": "limit"}'),
+        Reply(b"", 302, {"Location": "http://["}),
+        Reply(b"x" * 1_000_000, 302, {"Location": "/elsewhere"}),
     ],
 )
 def test_no_answer_about_the_address(api: Api, answer: Reply) -> None:
@@ -133,8 +139,10 @@ def test_time_out_is_tried_again(api: Api) -> None:
         Reply(status=500),
         Reply(delay=5),
         Reply(b'{"city": "Mountain View"}', seconds_between_bytes=0.5),
+        Reply(seconds_between_header_bytes=0.4),
+        Reply(b"x" * 100, 302, {"Location": "/elsewhere"}, seconds_between_bytes=0.4),
     ],
-    ids=["error", "silent", "trickling"],
+    ids=["error", "silent", "trickling", "trickling headers", "trickling redirect"],
 )
 def test_one_address_takes_four_seconds_at_most(api: Api, answer: Reply) -> None:
     api.reply = always(answer)
@@ -170,11 +178,12 @@ def test_refusal_pauses_with_one_warning(api: Api, answer: Reply, caplog: pytest
     [
         ("120", (120, 120)),
         ("0", (1, 1)),
-        (format_datetime(datetime.now(timezone.utc) + timedelta(hours=1), usegmt=True), (3500, 3600)),
+        (format_datetime(datetime.now(timezone.utc) + timedelta(hours=5), usegmt=True), (3600, 18_000)),
         (format_datetime(datetime.now(timezone.utc) - timedelta(hours=1), usegmt=True), (1, 1)),
         ("999999999", (86_400, 86_400)),
         ("soon", (60, 60)),
         ("-5", (60, 60)),
+        ("Mon, 99999999999999999999 Jan 2030 00:00:00 GMT", (60, 60)),
     ],
 )
 def test_retry_after(api: Api, retry_after: str, seconds: tuple[int, int], caplog: pytest.LogCaptureFixture) -> None:
@@ -212,22 +221,22 @@ def test_pause_ends(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     assert source.locate("8.8.8.8") == LOCATION
 
 
-def test_key_is_in_no_log_line_and_no_error(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+def test_key_is_in_no_log_line_and_no_error(
+    api: Api, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HttpApi, "TOTAL_SECONDS", 0.5)
     caplog.set_level(logging.DEBUG, logger="kafka_enrich")
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        sources = [HttpApi(url, "s3cret") for url in (api.url, f"http://127.0.0.1:{unused.getsockname()[1]}")]
-        for answer in (
-            Reply(b"", 403),
-            Reply(status=500),
-            Reply(b"<html>"),
-            reply({"error": True, "reason": "s3cret?"}),
-        ):
+        urls = (api.url, f"http://127.0.0.1:{unused.getsockname()[1]}")
+        answers = (Reply(b"", 403), Reply(status=500), Reply(b"<html>"), reply({"error": True, "reason": "s3cret?"}))
+        for answer, url in itertools.product(answers, urls):
             api.reply = always(answer)
-            for source in sources:
-                for _ in range(6):
-                    assert "s3cret" not in failure(source)
-    assert caplog.records
+            source = HttpApi(url, "s3cret")
+            for _ in range(HttpApi.FAILURES_IN_A_ROW):
+                assert "s3cret" not in failure(source)
+    assert len(api.asked) > 3 * HttpApi.FAILURES_IN_A_ROW
+    assert len(caplog.records) == 2 * len(answers)
     assert "s3cret" not in caplog.text
 
 
@@ -247,3 +256,8 @@ def test_each_thread_has_a_session_of_its_own(api: Api) -> None:
     for thread in threads:
         thread.join()
     assert len(set(map(id, sessions))) == 2
+
+
+def test_certificates_that_are_not_there_are_named(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/no/such.pem")
+    assert "/no/such.pem" in failure(HttpApi(api.url.replace("http:", "https:"), None))

@@ -2,24 +2,33 @@
 
 import json
 import threading
-from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import SAMPLE_DATABASE
-from kafka_enrich import InvalidIp, Location, Locator, LookupFailed, Record, Tally, make_get_location, open_database
+from kafka_enrich import (
+    GetLocation,
+    InvalidIp,
+    Location,
+    Locator,
+    LookupFailed,
+    LookupStopped,
+    Tally,
+    add_up,
+    make_get_location,
+    open_database,
+)
 
-GetLocation = Callable[[Record], tuple[bytes | None, bytes]]
 LOCATE = open_database(str(SAMPLE_DATABASE))
 ARGENTINA = {"city": "Buenos Aires (San Telmo)", "region": "Buenos Aires F.D.", "country_name": "Argentina"}
 TURKEY = {"city": "Ankara", "region": "Ankara", "country_name": "Türkiye"}
 NOWHERE = {"city": None, "region": None, "country_name": None}
 
 
-def make(locate: Locator = LOCATE, cache_size: int = 100) -> GetLocation:
-    return make_get_location(locate, cache_size, Tally([]))
+def make(locate: Locator = LOCATE, cache_size: int = 100, on_lookup_failed: str = "mark") -> GetLocation:
+    return make_get_location(locate, cache_size, on_lookup_failed, Tally([]))
 
 
 def value_out(value: bytes | None) -> dict[str, str | None]:
@@ -134,6 +143,14 @@ def test_lookup_failed() -> None:
     assert json.loads(output) == {"ip": "8.8.8.8", **NOWHERE, "error": "lookup_failed"}
 
 
+def test_lookup_failed_stops_where_that_is_wanted() -> None:
+    def fail(_text: str) -> Location:
+        raise LookupFailed
+
+    with pytest.raises(LookupStopped, match=r"8\.8\.8\.8"):
+        make(fail, on_lookup_failed="stop")((b"key", b" 8.8.8.8 "))
+
+
 @pytest.mark.parametrize("key", [None, b"", b"\xff\x00", b"k" * 1_040_000])
 def test_key_stays_as_it_is(key: bytes | None) -> None:
     assert make()((key, b"186.58.0.1"))[0] is key
@@ -215,7 +232,7 @@ def test_large_values_are_not_remembered() -> None:
 
 def test_threads_lose_no_count() -> None:
     tallies: list[dict[str, int]] = []
-    get_location = make_get_location(LOCATE, 100, Tally(tallies))
+    get_location = make_get_location(LOCATE, 100, "mark", Tally(tallies))
 
     def work() -> None:
         for _ in range(20_000):
@@ -227,5 +244,6 @@ def test_threads_lose_no_count() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(tally["located"] for tally in tallies) == 80_000
-    assert sum(tally["invalid_ip"] for tally in tallies) == 80_000
+    assert len(tallies) == 1 + 4, "each thread has counts of its own"
+    counts = add_up(tallies)
+    assert (counts["located"], counts["invalid_ip"]) == (80_000, 80_000)

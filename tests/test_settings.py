@@ -24,6 +24,18 @@ def test_several_brokers() -> None:
     assert settings.brokers == ["a.example:9092", "[::1]:9093"]
 
 
+SASL_SSL = {
+    "KAFKA_CLIENT_SECURITY_PROTOCOL": "sasl_ssl",
+    "KAFKA_CLIENT_SASL_MECHANISM": "PLAIN",
+    "KAFKA_CLIENT_SASL_USERNAME": "alice",
+    "KAFKA_CLIENT_SASL_PASSWORD": "s3cret",
+    "KAFKA_CLIENT_SSL_CA_LOCATION": "ca.pem",
+    "KAFKA_CLIENT_SSL_CERTIFICATE_LOCATION": "client.pem",
+    "KAFKA_CLIENT_SSL_KEY_LOCATION": "client.key",
+    "KAFKA_CLIENT_SSL_KEY_PASSWORD": "s3cret too",
+}
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -45,7 +57,6 @@ def test_several_brokers() -> None:
         ("IPAPI_URL", ""),
         ("IPAPI_URL", "ipapi.co"),
         ("IPAPI_URL", "ftp://ipapi.co"),
-        ("IPAPI_URL", "https://ipapi.co?a=b"),
         ("IPAPI_URL", "http://localhost:x"),
         ("CACHE_SIZE", ""),
         ("CACHE_SIZE", "-1"),
@@ -53,6 +64,12 @@ def test_several_brokers() -> None:
         ("CACHE_SIZE", "10000001"),
         ("CACHE_SIZE", "٣"),
         ("LOG_LEVEL", "loud"),
+        ("ON_LOOKUP_FAILED", "ignore"),
+        ("EPOCH_SECONDS", "0.05"),
+        ("EPOCH_SECONDS", "3601"),
+        ("EPOCH_SECONDS", "1s"),
+        ("RECOVERY_DIR", "/var/lib/recovery"),
+        ("KAFKA_CLIENT_SECURITY_PROTOCOL", "TLS"),
         ("BYTEWAX_WORKERS_PER_PROCESS", "0"),
     ],
 )
@@ -63,6 +80,73 @@ def test_bad_value_is_named(name: str, value: str) -> None:
     assert repr(value.split(",")[-1]) in str(error.value)
 
 
+def test_following() -> None:
+    settings = read_settings({"KAFKA_TAIL": "1", "EPOCH_SECONDS": "0.5", "BYTEWAX_WORKERS_PER_PROCESS": "3"})
+    assert (settings.tail, settings.epoch_seconds, settings.recovery_dir) == (True, 0.5, None)
+    assert settings.recovery_name == "ip_address_by_country-to-ip_address_by_location-3-workers"
+
+
+def test_client_properties_reach_both_ends() -> None:
+    settings = read_settings(
+        {
+            "KAFKA_CLIENT_CLIENT_ID": "enricher",
+            "KAFKA_CONSUMER_FETCH_WAIT_MAX_MS": "50",
+            "KAFKA_PRODUCER_COMPRESSION_TYPE": "lz4",
+            "KAFKA_PRODUCER_QUEUE_BUFFERING_MAX_MESSAGES": "5",
+        }
+    )
+    assert settings.consumer == {"client.id": "enricher", "fetch.wait.max.ms": "50", "auto.offset.reset": "earliest"}
+    assert (settings.producer["client.id"], settings.producer["compression.type"]) == ("enricher", "lz4")
+    assert settings.producer["queue.buffering.max.messages"] == "5"
+    assert settings.producer["message.timeout.ms"] == "0"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "KAFKA_PRODUCER_MESSAGE_TIMEOUT_MS",
+        "KAFKA_PRODUCER_DELIVERY_TIMEOUT_MS",
+        "KAFKA_PRODUCER_ACKS",
+        "KAFKA_PRODUCER_ENABLE_IDEMPOTENCE",
+        "KAFKA_PRODUCER_PARTITIONER",
+        "KAFKA_PRODUCER_TRANSACTIONAL_ID",
+        "KAFKA_CLIENT_ENABLE_GAPLESS_GUARANTEE",
+        "KAFKA_CONSUMER_AUTO_OFFSET_RESET",
+        "KAFKA_CONSUMER_ENABLE_PARTITION_EOF",
+        "KAFKA_CLIENT_BOOTSTRAP_SERVERS",
+        "KAFKA_CLIENT_SASL_PASWORD",
+        "KAFKA_CONSUMER_LINGER_MS",
+    ],
+)
+def test_property_that_is_unknown_or_could_lose_records_is_refused(name: str) -> None:
+    with pytest.raises(SettingsError, match=name) as error:
+        read_settings({name: "s3cret"})
+    assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"KAFKA_CLIENT_SECURITY_PROTOCOL": "PLAINTEXT"}, "KAFKA_CLIENT_SASL_*"),
+        ({"KAFKA_CLIENT_SECURITY_PROTOCOL": "SSL"}, "KAFKA_CLIENT_SASL_*"),
+        ({"KAFKA_CLIENT_SECURITY_PROTOCOL": "SASL_PLAINTEXT"}, "KAFKA_CLIENT_SSL_*"),
+        ({"KAFKA_CLIENT_SASL_MECHANISM": "GSSAPI"}, "KAFKA_CLIENT_SASL_MECHANISM='GSSAPI'"),
+        ({"KAFKA_TAIL": "1"}, "KAFKA_TAIL=1 needs RECOVERY_DIR"),
+    ],
+)
+def test_security_that_contradicts_itself(changed: dict[str, str], named: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(named)):
+        read_settings({**SASL_SSL, **changed})
+
+
+def test_hosts_are_verified_unless_told_otherwise() -> None:
+    assert read_settings(SASL_SSL).consumer["ssl.endpoint.identification.algorithm"] == "https"
+
+
+def test_secrets_are_not_shown() -> None:
+    assert "s3cret" not in repr(read_settings(SASL_SSL)) + repr(load_data.read_settings(SASL_SSL))
+
+
 def test_key_is_not_shown() -> None:
     assert "s3cret" not in repr(read_settings({"IPAPI_KEY": "s3cret"}))
     with pytest.raises(SettingsError, match="IPAPI_KEY") as error:
@@ -70,9 +154,12 @@ def test_key_is_not_shown() -> None:
     assert "s3cret" not in str(error.value)
 
 
-def test_password_in_the_url_is_refused_and_not_shown() -> None:
+@pytest.mark.parametrize(
+    "url", ["https://user:s3cret@ipapi.co", "https://ipapi.co?key=s3cret", "https://ipapi.co/#s3cret"]
+)
+def test_secret_in_the_url_is_refused_and_not_shown(url: str) -> None:
     with pytest.raises(SettingsError, match="IPAPI_URL") as error:
-        read_settings({"IPAPI_URL": "https://user:s3cret@ipapi.co"})
+        read_settings({"IPAPI_URL": url})
     assert "s3cret" not in str(error.value)
 
 
@@ -118,6 +205,10 @@ def test_process_by_host_file_and_pod_name(tmp_path: Path) -> None:
         ),
         ({"BYTEWAX_ADDRESSES": "a:1", "BYTEWAX_PROCESS_ID": "1"}, "BYTEWAX_PROCESS_ID='1'"),
         ({"BYTEWAX_ADDRESSES": "a:1", "BYTEWAX_PROCESS_ID": "one"}, "BYTEWAX_PROCESS_ID='one'"),
+        (
+            {"BYTEWAX_ADDRESSES": "a:1;a:1", "BYTEWAX_PROCESS_ID": "0"},
+            "BYTEWAX_ADDRESSES='a:1;a:1' names an address twice",
+        ),
         ({"BYTEWAX_ADDRESSES": "a", "BYTEWAX_PROCESS_ID": "0"}, "BYTEWAX_ADDRESSES: 'a'"),
         ({"BYTEWAX_HOSTFILE_PATH": "/no/such", "BYTEWAX_PROCESS_ID": "0"}, "BYTEWAX_HOSTFILE_PATH='/no/such'"),
     ],
@@ -144,8 +235,10 @@ class Recording(dict[str, str]):
 
 
 def names_in_the_readme() -> set[str]:
-    table = (PROJECT / "README.md").read_text().split("## Settings")[1].split("\n## ")[0]
-    return {name for row in re.findall(r"^\|(.*?)\|", table, re.M) for name in re.findall(r"`([A-Z][A-Z_]+)`", row)}
+    table = (PROJECT / "README.md").read_text().split("## Settings")[1].split("\n##")[0]
+    return {
+        name for row in re.findall(r"^\|(.*?)\|", table, re.M) for name in re.findall(r"`([A-Z][A-Z_]+[A-Z])`", row)
+    }
 
 
 def test_readme_has_every_variable_and_no_other() -> None:
@@ -158,8 +251,14 @@ def test_readme_has_every_variable_and_no_other() -> None:
 def test_both_scripts_share_names_and_defaults() -> None:
     environment = Recording()
     loader = load_data.read_settings(environment)
-    assert environment.asked == {"KAFKA_BROKERS", "KAFKA_INPUT_TOPIC", "KAFKA_OUTPUT_TOPIC"}
-    assert environment.asked < names_in_the_readme()
-    for env in ({}, {"KAFKA_BROKERS": "a:1,b:2", "KAFKA_INPUT_TOPIC": "from", "KAFKA_OUTPUT_TOPIC": "to"}):
+    asked = {name for name in environment.asked if not name.startswith("KAFKA_CLIENT_")}
+    assert asked == {"KAFKA_BROKERS", "KAFKA_INPUT_TOPIC", "KAFKA_OUTPUT_TOPIC"}
+    for env in (
+        {},
+        {"KAFKA_BROKERS": "a:1,b:2", "KAFKA_INPUT_TOPIC": "from", "KAFKA_OUTPUT_TOPIC": "to"},
+        SASL_SSL,
+        {**SASL_SSL, "KAFKA_CLIENT_SSL_ENDPOINT_IDENTIFICATION_ALGORITHM": "none"},
+    ):
         loader, enricher = load_data.read_settings(env), read_settings(env)
-        assert loader == (enricher.brokers, enricher.input_topic, enricher.output_topic)
+        assert (loader.brokers, loader.input_topic) == (enricher.brokers, enricher.input_topic)
+        assert (loader.output_topic, loader.client) == (enricher.output_topic, enricher.admin)

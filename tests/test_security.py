@@ -1,0 +1,205 @@
+"""Secured brokers: what works with which, and one clear line for everything that does not."""
+
+import re
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import trustme
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from kafka import KafkaAdminClient
+from kafka.admin import ACL, ACLOperation, ACLPermissionType, ResourcePattern, ResourceType
+
+import load_data
+from conftest import SAMPLE_DATABASE, Program, ended
+from kafka_server import VERSION, KafkaServer, free_port
+from load_data import SAMPLE
+
+DATABASE = {"GEOIP_DATABASE": str(SAMPLE_DATABASE)}
+PASSWORD = "s3cret-alice"  # noqa: S105
+
+
+class Secured(NamedTuple):
+    """A broker that takes SASL_SSL on one port and client certificates on another."""
+
+    server: KafkaServer
+    sasl: dict[str, str]
+    certificate: dict[str, str]
+    other_ca: str
+
+
+def secured_broker(folder: Path, version: str, mechanism: str) -> Secured:
+    authority, other = trustme.CA(), trustme.CA()
+    folder.mkdir(parents=True, exist_ok=True)
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    other.cert_pem.write_to_path(str(folder / "other-ca.pem"))
+    certificate = authority.issue_cert("localhost")
+    pem = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
+    key = load_pem_private_key(certificate.private_key_pem.bytes(), None)
+    pkcs8 = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())  # Java reads no other
+    (folder / "server.pem").write_bytes(pkcs8 + pem)
+    client = authority.issue_cert("alice")
+    client.private_key_pem.write_to_path(str(folder / "client.key"))
+    client.cert_chain_pems[0].write_to_path(str(folder / "client.pem"))
+    port, plain, tls, controller = (free_port() for _ in range(4))
+    login = "org.apache.kafka.common.security"
+    module = f"{login}.plain.PlainLoginModule" if mechanism == "PLAIN" else f"{login}.scram.ScramLoginModule"
+    user = f' user_alice="{PASSWORD}" user_bob="{PASSWORD}"' if mechanism == "PLAIN" else ""
+    settings = {
+        "listeners": f"SASL_SSL://localhost:{port},SSL://localhost:{tls},INNER://localhost:{plain},"
+        f"CONTROLLER://localhost:{controller}",
+        "listener.security.protocol.map": "SASL_SSL:SASL_SSL,SSL:SSL,INNER:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "inter.broker.listener.name": "INNER",
+        "controller.quorum.voters": f"1@localhost:{controller}",
+        "sasl.enabled.mechanisms": mechanism,
+        f"listener.name.sasl_ssl.{mechanism.lower()}.sasl.jaas.config": f"{module} required{user};",
+        "ssl.keystore.type": "PEM",
+        "ssl.keystore.location": str(folder / "server.pem"),
+        "ssl.truststore.type": "PEM",
+        "ssl.truststore.location": str(folder / "ca.pem"),
+        "listener.name.ssl.ssl.client.auth": "required",
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users": "User:ANONYMOUS;User:alice",
+        "allow.everyone.if.no.acl.found": "true",
+    }
+    options = []
+    if mechanism.startswith("SCRAM"):
+        options = ["--add-scram", f"{mechanism}=[name=alice,password={PASSWORD}]"]
+    server = KafkaServer(port, folder / "kafka", version, settings, options)
+    common = {"KAFKA_BROKERS": server.address, "KAFKA_CLIENT_SSL_CA_LOCATION": str(folder / "ca.pem")}
+    sasl = {
+        **common,
+        "KAFKA_CLIENT_SECURITY_PROTOCOL": "SASL_SSL",
+        "KAFKA_CLIENT_SASL_MECHANISM": mechanism,
+        "KAFKA_CLIENT_SASL_USERNAME": "alice",
+        "KAFKA_CLIENT_SASL_PASSWORD": PASSWORD,
+    }
+    by_certificate = {
+        **common,
+        "KAFKA_BROKERS": f"localhost:{tls}",
+        "KAFKA_CLIENT_SECURITY_PROTOCOL": "SSL",
+        "KAFKA_CLIENT_SSL_CERTIFICATE_LOCATION": str(folder / "client.pem"),
+        "KAFKA_CLIENT_SSL_KEY_LOCATION": str(folder / "client.key"),
+    }
+    return Secured(server, sasl, by_certificate, str(folder / "other-ca.pem"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    secured = secured_broker(tmp_path_factory.mktemp("plain"), VERSION, "PLAIN")
+    with secured.server:
+        yield secured
+
+
+@pytest.fixture(params=["SASL_SSL with PLAIN", "client certificate"])
+def way_in(request: pytest.FixtureRequest, plain: Secured) -> dict[str, str]:
+    return plain.sasl if request.param.startswith("SASL") else plain.certificate
+
+
+def of_its_own(environment: dict[str, str]) -> dict[str, str]:
+    """The same brokers, with topics that only one test uses."""
+    name = uuid.uuid4().hex[:12]
+    return {**environment, "KAFKA_INPUT_TOPIC": f"in-{name}", "KAFKA_OUTPUT_TOPIC": f"out-{name}", **DATABASE}
+
+
+def test_loader_and_pass(way_in: dict[str, str], load_data_program: Program, kafka_enrich_program: Program) -> None:
+    environment = of_its_own(way_in)
+    loaded = load_data_program(str(SAMPLE), **environment)
+    assert loaded.exit_code == 0, loaded.errors
+    enriched = kafka_enrich_program(**environment)
+    assert enriched.exit_code == 0, enriched.errors
+    assert "154 records in: 152 located" in enriched.errors
+    assert PASSWORD not in loaded.output + loaded.errors + enriched.errors
+
+
+def test_following(
+    way_in: dict[str, str], load_data_program: Program, kafka_enrich_program: Program, tmp_path: Path
+) -> None:
+    environment = {**of_its_own(way_in), "KAFKA_TAIL": "1", "RECOVERY_DIR": str(tmp_path / "recovery")}
+    assert load_data_program(str(SAMPLE), **environment).exit_code == 0
+    for expected in ("154 records in", "154 records in"):
+        process = kafka_enrich_program.start(**environment)
+        assert process.stderr
+        for line in process.stderr:
+            if " 154 records in" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        stopped = ended(process)
+        assert stopped.exit_code == 0, stopped.errors
+        assert expected in stopped.errors
+        assert load_data_program(str(SAMPLE), **environment).exit_code == 0
+
+
+def test_recovery_in_a_secured_kafka_is_refused(plain: Secured, kafka_enrich_program: Program) -> None:
+    refused = kafka_enrich_program(**plain.sasl, KAFKA_TAIL="1")
+    assert refused.exit_code == 2
+    assert "KAFKA_TAIL=1 needs RECOVERY_DIR" in refused.errors
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"KAFKA_CLIENT_SASL_PASSWORD": "wrong-s3cret"}, "Invalid username or password|a wrong password"),
+        ({"KAFKA_CLIENT_SSL_CA_LOCATION": "other"}, "certificate verify failed"),
+        ({"KAFKA_CLIENT_SSL_CA_LOCATION": "/no/such"}, "No such file or directory"),
+    ],
+)
+@pytest.mark.parametrize("script", ["load_data_program", "kafka_enrich_program"])
+def test_wrong_credentials_are_one_clear_line(
+    request: pytest.FixtureRequest, plain: Secured, script: str, wrong: dict[str, str], says: str
+) -> None:
+    program: Program = request.getfixturevalue(script)
+    wrong = {name: plain.other_ca if value == "other" else value for name, value in wrong.items()}
+    before = time.monotonic()
+    arguments = [str(SAMPLE)] if script == "load_data_program" else []
+    refused = program(*arguments, **{**of_its_own(plain.sasl), **wrong, "LOG_LEVEL": "ERROR"})
+    assert time.monotonic() - before < 15
+    assert refused.exit_code == 1
+    assert re.search(says, refused.errors)
+    assert refused.errors.count("\n") == 1
+    assert "s3cret" not in refused.errors
+
+
+def test_no_permission_to_write(plain: Secured, load_data_program: Program, kafka_enrich_program: Program) -> None:
+    environment = of_its_own(plain.sasl)
+    assert load_data_program(str(SAMPLE), **environment).exit_code == 0
+    forbid(plain, environment["KAFKA_OUTPUT_TOPIC"], user="bob")
+    refused = kafka_enrich_program(**{**environment, "KAFKA_CLIENT_SASL_USERNAME": "bob"}, LOG_LEVEL="ERROR")
+    assert refused.exit_code == 1
+    assert f"topic {environment['KAFKA_OUTPUT_TOPIC']!r} may not be used" in refused.errors
+    assert "no permission to WRITE" in refused.errors
+    assert refused.errors.count("\n") == 1
+
+
+def forbid(secured: Secured, topic: str, user: str) -> None:
+    """Take a user's permission to write to a topic."""
+    client = load_data.read_settings(secured.sasl)
+    with KafkaAdminClient(bootstrap_servers=client.brokers, **client.client) as admin:
+        resource = ResourcePattern(ResourceType.TOPIC, topic)
+        admin.create_acls(
+            [
+                ACL(f"User:{user}", "*", ACLOperation.ALL, ACLPermissionType.ALLOW, resource),
+                ACL(f"User:{user}", "*", ACLOperation.WRITE, ACLPermissionType.DENY, resource),
+            ]
+        )
+
+
+@pytest.mark.parametrize(("version", "works"), [("3.9.1", True), (VERSION, False)])
+def test_scram(
+    tmp_path: Path, load_data_program: Program, kafka_enrich_program: Program, version: str, works: bool
+) -> None:
+    secured = secured_broker(tmp_path / "broker", version, "SCRAM-SHA-512")
+    with secured.server:
+        environment = of_its_own(secured.sasl)
+        assert load_data_program(str(SAMPLE), **environment).exit_code == 0
+        enriched = kafka_enrich_program(**environment, LOG_LEVEL="ERROR")
+    if works:
+        assert (enriched.exit_code, enriched.errors) == (0, "")
+    else:
+        assert enriched.exit_code == 1
+        assert "SCRAM works with Kafka 3.9 and older only" in enriched.errors
+        assert enriched.errors.count("\n") == 1
