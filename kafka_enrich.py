@@ -834,12 +834,18 @@ def describe(admin: KafkaAdminClient, topic: str, operation: str) -> list[dict[s
     return partitions
 
 
+def offsets_of(
+    admin: KafkaAdminClient, partitions: list[TopicPartition], which: OffsetSpec
+) -> dict[TopicPartition, int]:
+    """Look up the earliest or the latest offset of each partition."""
+    found = admin.list_partition_offsets(dict.fromkeys(partitions, which))
+    return {partition: found[partition].offset for partition in partitions}
+
+
 def end_offsets(admin: KafkaAdminClient, topic: str) -> int:
     """Add up the end offsets of a topic's partitions: each record written to it moves the sum by one."""
     partitions = [TopicPartition(topic, partition["partition_index"]) for partition in describe(admin, topic, "WRITE")]
-    return sum(
-        found.offset for found in admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST)).values()
-    )
+    return sum(offsets_of(admin, partitions, OffsetSpec.LATEST).values())
 
 
 def check_topics(settings: Settings) -> int:
@@ -907,6 +913,12 @@ def forget_old_executions(admin: KafkaAdminClient, settings: Settings) -> None:
     Raises:
         RunError: the progress cannot be read.
     """
+    partitions = [TopicPartition(f"{settings.recovery_name}-progress", worker) for worker in range(settings.workers)]
+    begins = offsets_of(admin, partitions, OffsetSpec.EARLIEST)
+    ends = offsets_of(admin, partitions, OffsetSpec.LATEST)
+    written = [partition for partition in partitions if begins[partition] < ends[partition]]
+    if not written:
+        return
     consumer = KafkaConsumer(bootstrap_servers=settings.brokers, enable_auto_commit=False, **settings.admin)
 
     def execution_at(partition: TopicPartition, offset: int) -> int:
@@ -917,12 +929,7 @@ def forget_old_executions(admin: KafkaAdminClient, settings: Settings) -> None:
         raise RunError(f"offset {offset} of {partition} cannot be read; start again")
 
     try:
-        partitions = [
-            TopicPartition(f"{settings.recovery_name}-progress", worker) for worker in range(settings.workers)
-        ]
-        begins, ends = consumer.beginning_offsets(partitions), consumer.end_offsets(partitions)
-        written = [partition for partition in partitions if begins[partition] < ends[partition]]
-        last = max((execution_at(partition, ends[partition] - 1) for partition in written), default=0)
+        last = max(execution_at(partition, ends[partition] - 1) for partition in written)
         for partition in written:
             offsets = range(begins[partition], ends[partition])
             older = bisect.bisect_left(offsets, last, key=functools.partial(execution_at, partition))
