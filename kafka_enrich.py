@@ -124,7 +124,7 @@ def read_settings(env: Mapping[str, str]) -> Settings:
         output_topic=output_topic,
         tail=tail,
         recovery_dir=recovery_dir,
-        epoch_seconds=read_epoch_seconds(env.get("EPOCH_SECONDS", "1")),
+        epoch_seconds=read_epoch_seconds(env, len(addresses) * workers_per_process > 1),
         consumer=consumer,
         producer=producer,
         admin=admin,
@@ -164,10 +164,19 @@ def whole_number(env: Mapping[str, str], name: str, default: str, low: int, high
     return int(value)
 
 
-def read_epoch_seconds(value: str) -> float:
-    """Read the length of an epoch; one costs about 18 ms, so that below 0.1 s the dataflow does little else."""
-    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,3})?", value) or not 0.1 <= float(value) <= 3600:
-        raise SettingsError(f"EPOCH_SECONDS={value!r} is not a number from 0.1 to 3600")
+def read_epoch_seconds(env: Mapping[str, str], several_workers: bool) -> float:
+    """Read the length of an epoch.
+
+    One costs about 18 ms, so that below 0.1 s the dataflow does little else. Each of several workers ends its epochs by
+    a clock of its own, and reads only while no other one is an epoch behind it (bytewax 0.15.1,
+    src/execution/epoch/periodic_epoch.rs). One worker that is held up for longer than an epoch, by a start or a slow
+    look-up, would make the others read nothing from then on; so several have longer epochs.
+    """
+    default, low = ("10", 5) if several_workers else ("1", 0.1)
+    value = env.get("EPOCH_SECONDS", default)
+    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,3})?", value) or not low <= float(value) <= 3600:
+        workers = "several workers" if several_workers else "one worker"
+        raise SettingsError(f"EPOCH_SECONDS={value!r} is not a number from {low} to 3600, as {workers} can have it")
     return float(value)
 
 
@@ -986,10 +995,13 @@ def run_dataflow(settings: Settings, get_location: GetLocation) -> None:
         flow,
         addresses,
         proc_id,
-        epoch_config=PeriodicEpochConfig(timedelta(seconds=settings.epoch_seconds)),
+        epoch_config=PeriodicEpochConfig(timedelta(seconds=settings.epoch_seconds) if settings.tail else ONE_EPOCH),
         recovery_config=recovery_config(settings),
         worker_count_per_proc=settings.workers_per_process,
     )
+
+
+ONE_EPOCH = timedelta(days=1000)  # a pass saves no place to resume from, and workers wait for each other between epochs
 
 
 def recovery_config(settings: Settings) -> RecoveryConfig | None:

@@ -199,6 +199,30 @@ def test_one_of_two_processes_killed(topics: Topics, tmp_path: Path) -> None:
     check(output, records, "one of two processes killed four times")
 
 
+def test_other_numbers_of_workers(topics: Topics, tmp_path: Path) -> None:
+    output, written = Output(topics), 0
+    for workers in (2, 1, 3, 2, 2, 3):
+        write_all(topics, 20_000, first=written)
+        written += 20_000
+        with service(topics, tmp_path / "log", {"BYTEWAX_WORKERS_PER_PROCESS": str(workers)}) as enricher:
+            output.wait_for(written)
+            assert enricher.stop() == [0]
+    check(output, written, "2, 1, 3, 2, 2 and 3 workers")
+
+
+def test_four_workers_of_two_processes_all_read(topics: Topics, tmp_path: Path) -> None:
+    environments = [{**pod, "BYTEWAX_WORKERS_PER_PROCESS": "2"} for pod in pods(tmp_path, 2)]
+    output, written = Output(topics), 0
+    with service(topics, tmp_path / "log", *environments) as enricher:
+        for _ in range(6):
+            write_all(topics, 1_000, first=written)
+            written += 1_000
+            output.wait_for(written, seconds=60)
+            enricher.kill()
+            enricher.start()
+    check(output, written, "two processes of two workers, killed six times")
+
+
 def expire(topics: Topics, before_the_end: int) -> int:
     """Delete the older records of the input, as its retention would; how many are left."""
     with topics.admin() as admin:

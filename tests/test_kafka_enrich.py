@@ -268,8 +268,8 @@ def test_following_goes_on_where_it_left_off(kafka_enrich_program: Program, topi
 
 def test_following_keeps_one_execution_of_progress(kafka_enrich_program: Program, topics: Topics) -> None:
     topics.write([(b"%d" % number, b"186.58.0.1") for number in range(100)])
-    environment = {**topics.environment(), **DATABASE, "KAFKA_TAIL": "1"}
-    progress = f"{topics.input}-to-{topics.output}-1-workers-progress"
+    environment = {**topics.environment(), **DATABASE, "KAFKA_TAIL": "1", "BYTEWAX_WORKERS_PER_PROCESS": "2"}
+    progress = f"{topics.input}-to-{topics.output}-2-workers-progress"
     for _ in range(4):
         process = kafka_enrich_program.start(**environment)
         wait_for_line(process, "records in")

@@ -80,9 +80,17 @@ def test_bad_value_is_named(name: str, value: str) -> None:
     assert repr(value.split(",")[-1]) in str(error.value)
 
 
+def test_several_workers_have_longer_epochs() -> None:
+    several = {"KAFKA_TAIL": "1", "BYTEWAX_WORKERS_PER_PROCESS": "2"}
+    assert read_settings({"KAFKA_TAIL": "1"}).epoch_seconds == 1
+    assert read_settings(several).epoch_seconds == 10
+    with pytest.raises(SettingsError, match=r"EPOCH_SECONDS='4.9' is not a number from 5 to 3600"):
+        read_settings({**several, "EPOCH_SECONDS": "4.9"})
+
+
 def test_following() -> None:
-    settings = read_settings({"KAFKA_TAIL": "1", "EPOCH_SECONDS": "0.5", "BYTEWAX_WORKERS_PER_PROCESS": "3"})
-    assert (settings.tail, settings.epoch_seconds, settings.recovery_dir) == (True, 0.5, None)
+    settings = read_settings({"KAFKA_TAIL": "1", "EPOCH_SECONDS": "5", "BYTEWAX_WORKERS_PER_PROCESS": "3"})
+    assert (settings.tail, settings.epoch_seconds, settings.recovery_dir) == (True, 5, None)
     assert settings.recovery_name == "ip_address_by_country-to-ip_address_by_location-3-workers"
 
 
