@@ -45,7 +45,13 @@ from bytewax.parse import proc_env
 from bytewax.recovery import KafkaRecoveryConfig, RecoveryConfig, SqliteRecoveryConfig
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.admin import OffsetSpec
-from kafka.errors import KafkaError, TopicAlreadyExistsError, UnknownTopicOrPartitionError, for_code
+from kafka.errors import (
+    KafkaError,
+    LeaderNotAvailableError,
+    TopicAlreadyExistsError,
+    UnknownTopicOrPartitionError,
+    for_code,
+)
 
 log = logging.getLogger("kafka_enrich")
 
@@ -846,9 +852,16 @@ def describe(admin: KafkaAdminClient, topic: str, operation: str) -> list[dict[s
 def offsets_of(
     admin: KafkaAdminClient, partitions: list[TopicPartition], which: OffsetSpec
 ) -> dict[TopicPartition, int]:
-    """Look up the earliest or the latest offset of each partition."""
-    found = admin.list_partition_offsets(dict.fromkeys(partitions, which))
-    return {partition: found[partition].offset for partition in partitions}
+    """Look up the earliest or the latest offset of each partition, which a new topic's leaders may not know yet."""
+    give_up = time.monotonic() + 10
+    while True:
+        try:
+            found = admin.list_partition_offsets(dict.fromkeys(partitions, which))
+            return {partition: found[partition].offset for partition in partitions}
+        except (UnknownTopicOrPartitionError, LeaderNotAvailableError):
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.1)
 
 
 def end_offsets(admin: KafkaAdminClient, topic: str) -> int:

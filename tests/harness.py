@@ -41,9 +41,13 @@ def stream(topics: Topics, records: int, per_second: int, first: int = 0) -> Ite
         }
     )
 
+    abandoned = threading.Event()
+
     def write() -> None:
         began = time.monotonic()
         for count in range(records):
+            if abandoned.is_set():
+                return
             key, value = record(first + count)
             producer.produce(topics.input, value, key)
             if count % 100 == 0:
@@ -53,8 +57,14 @@ def stream(topics: Topics, records: int, per_second: int, first: int = 0) -> Ite
 
     thread = threading.Thread(target=write)
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    except BaseException:  # without this a failed test would leave a thread that no broker answers
+        abandoned.set()
+        producer.purge()
+        raise
+    finally:
+        thread.join()
 
 
 class Output:

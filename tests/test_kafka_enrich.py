@@ -6,11 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+from kafka import TopicPartition
+from kafka.admin import OffsetSpec
 
 import kafka_enrich
 from conftest import PROJECT, SAMPLE_DATABASE, Api, Program, Reply, Topics, ended, wait_until
@@ -277,6 +280,15 @@ def test_following_keeps_one_execution_of_progress(kafka_enrich_program: Program
         assert ended(process, seconds=10).exit_code == 0
     executions = {int.from_bytes((key or b"")[:8], "little") for key, _ in topics.read(progress)}
     assert executions == {2, 3}, "all but the last are forgotten when another one begins"
+
+
+def test_offsets_of_a_topic_that_is_only_just_created(topic_names: Topics) -> None:
+    created_soon = threading.Timer(1, topic_names.create, [topic_names.input])
+    created_soon.start()
+    partition = TopicPartition(topic_names.input, 0)
+    with topic_names.admin() as admin:
+        assert kafka_enrich.offsets_of(admin, [partition], OffsetSpec.LATEST) == {partition: 0}
+    created_soon.join()
 
 
 def test_signal_ends_following_in_a_lookup(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
