@@ -4,6 +4,7 @@
     python kafka_enrich.py                             # enrich what it holds, asking ipapi.co, and stop
     GEOIP_DATABASE=city.mmdb python kafka_enrich.py    # the same from a local City database
     KAFKA_TAIL=1 GEOIP_DATABASE=city.mmdb python kafka_enrich.py    # go on with what arrives, and after a restart
+    PROCESSES=4 GEOIP_DATABASE=city.mmdb python kafka_enrich.py     # on four cores
 
 Every setting comes from the environment; the README has the table. Exit codes: 0, each record that was read is
 on the output topic, or a signal ended KAFKA_TAIL=1; 1, Kafka or the dataflow failed; 2, a setting is wrong;
@@ -15,20 +16,23 @@ import functools
 import ipaddress
 import itertools
 import logging
+import mmap
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from logging.handlers import BufferingHandler
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from threading import get_ident
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
@@ -83,7 +87,7 @@ class Settings:
     cache_size: int
     log_level: str
     addresses: list[str]
-    process_id: int
+    process_id: int | None  # None: all the processes are started here
     workers_per_process: int
 
     @property
@@ -320,18 +324,25 @@ def chosen_properties(env: Mapping[str, str], prefix: str, allowed: list[str]) -
     return {librdkafka_name: env[name] for name, librdkafka_name in properties.items()}
 
 
-def read_cluster(env: Mapping[str, str]) -> tuple[list[str], int, int]:
-    """Read the BYTEWAX_* variables as bytewax.parse.proc_env does.
+def read_cluster(env: Mapping[str, str]) -> tuple[list[str], int | None, int]:
+    """Read PROCESSES, or the BYTEWAX_* variables as bytewax.parse.proc_env does.
 
     Args:
         env: where nothing in it tells of a cluster, this is the only process.
 
     Returns:
-        the addresses of all processes, the index of this one among them, and its number of worker threads.
+        the addresses of all processes, with port 0 where they are still to be chosen; the index of this one among them,
+        None where all of them are to be started here; and the number of worker threads of each.
 
     Raises:
         SettingsError: one is missing, contradicts another or cannot be read.
     """
+    if "PROCESSES" in env:
+        processes = whole_number(env, "PROCESSES", "1", 1, 100)
+        if others := [name for name in env if name.startswith("BYTEWAX_")]:
+            raise SettingsError(f"PROCESSES={processes} starts all processes here; with it {others[0]} cannot be set")
+        if processes > 1:
+            return ["localhost:0"] * processes, None, 1
     workers = whole_number(env, "BYTEWAX_WORKERS_PER_PROCESS", "1", 1, 1000)
     where = [name for name in ("BYTEWAX_ADDRESSES", "BYTEWAX_HOSTFILE_PATH") if name in env]
     which = [name for name in ("BYTEWAX_PROCESS_ID", "BYTEWAX_POD_NAME") if name in env]
@@ -432,6 +443,29 @@ def public_address(text: str) -> str:
     return str(address)
 
 
+# Where IANA's special-purpose blocks of IPv4 are: by the first byte of an address, or by the first two.
+SPECIAL_BYTES = frozenset({0, 10, 100, 127, 169, 172, 192, 198, 203, *range(224, 256)})
+PUBLIC_PAIRS = frozenset(
+    bytes((first, second)) for first in (100, 169, 172, 192, 198, 203) for second in range(256)
+) - frozenset(
+    [
+        *(bytes((100, second)) for second in range(64, 128)),
+        *(bytes((172, second)) for second in range(16, 32)),
+        *(bytes((192, second)) for second in (0, 31, 52, 88, 168, 175)),
+        *(bytes(pair) for pair in ((169, 254), (198, 18), (198, 19), (198, 51), (203, 0))),
+    ]
+)
+
+
+def is_plainly_public(text: str) -> bool:
+    """Tell nearly all public IPv4 addresses from others, for a fraction of what public_address takes."""
+    try:
+        address = socket.inet_pton(socket.AF_INET, text)
+    except (OSError, ValueError):
+        return False
+    return address[0] not in SPECIAL_BYTES or address[:2] in PUBLIC_PAIRS
+
+
 def name_in(field: object) -> str | None:
     """Read a name as MaxMind nests it, {"names": {"en": name}}, or as it stands in flat records."""
     if isinstance(field, dict):
@@ -455,18 +489,15 @@ def location_in(record: object) -> Location:
     """
     if not isinstance(record, dict):
         raise NotFound
-    subdivisions = record.get("subdivisions")
-    region = subdivisions[0] if isinstance(subdivisions, list) and subdivisions else record.get("region")
-    location = Location(
-        city=name_in(record.get("city")),
-        region=name_in(region) or name_in(record.get("state1")),
-        country_name=name_in(record.get("country_name"))
-        or name_in(record.get("country"))
-        or name_in(record.get("country_code")),
-    )
-    if not any(location):
+    read = record.get
+    subdivisions = read("subdivisions")
+    nested = subdivisions[0] if isinstance(subdivisions, list) and subdivisions else None
+    city = name_in(read("city"))
+    region = name_in(nested or read("region") or read("state1"))
+    country_name = name_in(read("country_name") or read("country") or read("country_code"))
+    if not (city or region or country_name):
         raise NotFound
-    return location
+    return Location(city, region, country_name)
 
 
 def open_database(path: str) -> Locator:
@@ -495,7 +526,7 @@ def open_database(path: str) -> Locator:
     log.info("locating with %s, %s of %s", path, metadata.database_type, built.date())
 
     def locate(text: str) -> Location:
-        address = public_address(text)
+        address = text if is_plainly_public(text) else public_address(text)
         if metadata.ip_version == 4 and ":" in address:
             raise NotFound
         try:
@@ -591,7 +622,7 @@ class HttpApi:
         """
         self._url = url
         self._params = {"key": key} if key else {}
-        self._thread = threading.local()
+        self._sessions: dict[int, Session] = {}  # by thread; see Tally
         self._lock = threading.Lock()
         self._failures = 0  # in a row
         self._paused_until = 0.0  # on the clock of time.monotonic
@@ -664,16 +695,17 @@ class HttpApi:
         Returns:
             the reply; None where there is none in time; LookupFailed where there will be none.
         """
-        if not hasattr(self._thread, "session"):
-            self._thread.session = Session()
-            self._thread.session.headers["User-Agent"] = f"kafka_enrich {requests.utils.default_user_agent()}"
+        session = self._sessions.get(get_ident())
+        if session is None:
+            session = self._sessions[get_ident()] = Session()
+            session.headers["User-Agent"] = f"kafka_enrich {requests.utils.default_user_agent()}"
         replies: SimpleQueue[Reply | LookupFailed | None] = SimpleQueue()
-        arguments = (self._thread.session, f"{self._url}/{address}/json/", self._params, seconds, replies)
+        arguments = (session, f"{self._url}/{address}/json/", self._params, seconds, replies)
         threading.Thread(target=fetch, args=arguments, daemon=True).start()
         try:
             return replies.get(timeout=seconds)
         except Empty:
-            del self._thread.session  # it is still in use
+            del self._sessions[get_ident()]  # it is still in use
             return None
 
 
@@ -728,41 +760,62 @@ def open_locator(settings: Settings) -> Locator:
 
 Record = tuple[bytes | None, bytes | None]
 GetLocation = Callable[[Record], tuple[bytes | None, bytes]]
-RESULTS = ("located", "invalid_ip", "reserved_ip", "not_found", "lookup_failed")
-NOT_CACHED = "not_cached"
+Answer = Callable[[bytes | None], tuple[bytes, int]]  # the output's value, and which of RESULTS it is
 NOWHERE = Location(None, None, None)
+LOCATED, INVALID_IP, RESERVED_IP, NOT_FOUND, LOOKUP_FAILED, NOT_CACHED = range(6)  # what is counted
+RESULTS = ("located", "invalid_ip", "reserved_ip", "not_found", "lookup_failed")  # their names, and those in records
 
 
-class Tally(threading.local):
-    """Counts of records, one for each worker thread: Python does not promise that a shared one loses none."""
-
-    def __init__(self, tallies: list[dict[str, int]]) -> None:
-        """Start the calling thread's counts, and put them where all can be added up."""
-        self.count = dict.fromkeys((*RESULTS, NOT_CACHED), 0)
-        tallies.append(self.count)
+def new_tallies(workers: int) -> list[memoryview]:
+    """Make counts for each worker, all 0, in memory that forked processes share."""
+    size = len(RESULTS) + 1
+    memory = memoryview(mmap.mmap(-1, 8 * size * workers)).cast("q")
+    return [memory[size * worker :][:size] for worker in range(workers)]
 
 
-def add_up(tallies: list[dict[str, int]]) -> dict[str, int]:
-    """Add up what all worker threads have counted."""
-    return {name: sum(tally[name] for tally in tallies) for name in (*RESULTS, NOT_CACHED)}
+class Tally(dict[int, memoryview]):
+    """Counts for each worker thread: Python does not promise that a shared one loses none.
+
+    The key is threading.get_ident(). threading.local would not do: to that, the engine's threads are new ones each time
+    they take the GIL.
+    """
+
+    def __init__(self, free: Iterator[memoryview]) -> None:
+        """Remember where threads find counts that no other one has."""
+        super().__init__()
+        self._free = free
+
+    def __missing__(self, thread: int) -> memoryview:
+        """Take counts for a thread."""
+        counts = self[thread] = next(self._free)
+        return counts
+
+
+def add_up(tallies: list[memoryview]) -> list[int]:
+    """Add up what all workers have counted."""
+    return [sum(column) for column in zip(*tallies, strict=True)]
 
 
 def text_of(value: bytes) -> str:
     """Decode a value; what is no UTF-8 becomes U+FFFD, which no address holds."""
-    return value.decode(errors="replace").strip()
+    return value.decode("utf-8", "replace").strip()
 
 
 def to_json(ip: str | None, location: Location, error: str | None = None) -> bytes:
     """Write the value of an output record; cut to the length of an address, it stays small whatever came in."""
-    record = {"ip": ip and ip[:LONGEST_ADDRESS], **location._asdict()}
-    return orjson.dumps(record if error is None else {**record, "error": error})
+    city, region, country_name = location
+    record = {"ip": ip and ip[:LONGEST_ADDRESS], "city": city, "region": region, "country_name": country_name}
+    # orjson leaves a kilobyte or more around its result; a copy takes only what it needs in the cache.
+    return b"%b" % orjson.dumps(record if error is None else {**record, "error": error})
 
 
 class LookupStopped(Exception):
     """A look-up failed, and ON_LOOKUP_FAILED says to stop then."""
 
 
-def make_get_location(locate: Locator, cache_size: int, on_lookup_failed: str, tally: Tally) -> GetLocation:
+def make_get_location(
+    locate: Locator, cache_size: int, on_lookup_failed: str, tally: Tally, one_at_a_time: bool = False
+) -> GetLocation:
     """Make the function that turns each record of the input topic into one of the output topic.
 
     Args:
@@ -770,40 +823,58 @@ def make_get_location(locate: Locator, cache_size: int, on_lookup_failed: str, t
         cache_size: how many final answers to remember, 0 or more; the least recently used goes first.
         on_lookup_failed: mark or stop.
         tally: where the results are counted.
+        one_at_a_time: let threads that ask for one address at once wait for the first, and take its answer from the
+            cache; it costs each record more than a look-up in a database does.
 
     Returns:
         get_location: (key, value) in; the same key and JSON by the record contract out, for any bytes or None. With
         "stop" it raises LookupStopped at a failed look-up.
     """
 
-    @functools.lru_cache(cache_size)
-    def answer(value: bytes | None) -> tuple[bytes, str]:
-        tally.count[NOT_CACHED] += 1
+    def look_up(value: bytes | None) -> tuple[bytes, int]:
+        tally[get_ident()][NOT_CACHED] += 1
         if value is None:
-            return to_json(None, NOWHERE, InvalidIp.error), InvalidIp.error
+            return to_json(None, NOWHERE, InvalidIp.error), INVALID_IP
         text = text_of(value)
         try:
-            return to_json(text, locate(text)), "located"
+            return to_json(text, locate(text)), LOCATED
         except LookupFailed:
             raise  # not final: an exception is not cached, so the next record with this address asks again
         except NotLocated as not_located:
-            return to_json(text, NOWHERE, not_located.error), not_located.error
+            return to_json(text, NOWHERE, not_located.error), RESULTS.index(not_located.error)
+
+    answer: Answer = functools.lru_cache(cache_size)(look_up)
+    if one_at_a_time:
+        answer = wait_for_others(answer)
 
     def get_location(record: Record) -> tuple[bytes | None, bytes]:
         key, value = record
-        # No address is longer; what is would fill the memory if the cache kept it.
-        small = value is None or len(value) <= 2 * LONGEST_ADDRESS
         try:
-            output, result = answer(value) if small else answer.__wrapped__(value)
+            # No address is longer than that; what is would fill the memory if the cache kept it.
+            output, result = answer(value) if value is None or len(value) <= 2 * LONGEST_ADDRESS else look_up(value)
         except LookupFailed as failed:
             text = text_of(value or b"")
             if on_lookup_failed == "stop":
                 raise LookupStopped(text) from None
-            output, result = to_json(text, NOWHERE, failed.error), failed.error
-        tally.count[result] += 1
+            output, result = to_json(text, NOWHERE, failed.error), LOOKUP_FAILED
+        tally[get_ident()][result] += 1
         return key, output
 
     return get_location
+
+
+def wait_for_others(answer: Answer) -> Answer:
+    """Let threads that ask for the same value at once wait for the first one of them."""
+    asking: dict[bytes | None, threading.Lock] = {}
+
+    def ask(value: bytes | None) -> tuple[bytes, int]:
+        with asking.setdefault(value, threading.Lock()):
+            try:
+                return answer(value)
+            finally:
+                asking.pop(value, None)
+
+    return ask
 
 
 # --- Kafka: what has to be so before the dataflow starts, and after it has ended --------------------------------
@@ -897,7 +968,7 @@ def check_topics(settings: Settings) -> int:
             )
         if settings.tail and settings.recovery_dir is None:
             create_recovery_topics(admin, settings)
-            if settings.process_id == 0:  # the others' engines wait for this one's
+            if settings.process_id in (0, None):  # the others' engines wait for this one's
                 forget_old_executions(admin, settings)
         return end_offsets(admin, settings.output_topic)
 
@@ -969,7 +1040,7 @@ def count_missing(settings: Settings, end_before: int, handed_over: int, seconds
     Args:
         settings: the brokers and the output topic.
         end_before: what check_topics returned.
-        handed_over: how many records this process has enriched since.
+        handed_over: how many records have been enriched since.
         seconds: how long to wait for those still under way, 0 or more.
 
     Returns:
@@ -991,7 +1062,7 @@ def count_missing(settings: Settings, end_before: int, handed_over: int, seconds
 
 
 def run_dataflow(settings: Settings, get_location: GetLocation) -> None:
-    """Run this process of the cluster: for ever, or until every partition has been read to its end."""
+    """Run one process of the cluster: for ever, or until every partition has been read to its end."""
     brokers, addresses, proc_id = settings.brokers, settings.addresses, settings.process_id
 
     flow = Dataflow()
@@ -1031,26 +1102,22 @@ def recovery_config(settings: Settings) -> RecoveryConfig | None:
     return SqliteRecoveryConfig(str(folder))
 
 
-def enrich(settings: Settings, tallies: list[dict[str, int]]) -> None:
-    """Enrich what the input topic holds, and with settings.tail what arrives there, until a signal comes.
+class Died(Exception):
+    """The engine gave up; the message says why, as far as that is known."""
+
+
+def run_process(settings: Settings, get_location: GetLocation) -> None:
+    """Run one process of the cluster, and say why where it ends before its time.
 
     Args:
-        settings: all of them.
-        tallies: empty; the worker threads' counts come here.
+        settings: with a process_id.
+        get_location: what the records go through.
 
     Raises:
-        SettingsError: the City database or the folder for recovery cannot be used.
-        RunError: Kafka or the dataflow failed, or not every record reached the output topic.
-        SystemExit: a signal ended a pass.
+        Died: the engine gave up.
+        RunError: a look-up failed, and ON_LOOKUP_FAILED is stop.
+        SystemExit: a signal came.
     """
-    log.info("%s", settings)
-    locate = open_locator(settings)
-    get_location = make_get_location(locate, settings.cache_size, settings.on_lookup_failed, Tally(tallies))
-    end_before = check_topics(settings)
-
-    def missing(seconds: float) -> int:
-        return count_missing(settings, end_before, count_records(add_up(tallies)), seconds)
-
     raised: list[BaseException] = []
 
     def keep(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -1059,12 +1126,118 @@ def enrich(settings: Settings, tallies: list[dict[str, int]]) -> None:
             sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = keep  # the engine prints through this what get_location raises
+    try:
+        run_dataflow(settings, get_location)
+    except (RuntimeError, ValueError) as error:
+        if raised and isinstance(raised[0], LookupStopped):
+            raise RunError(
+                f"the look-up of {raised[0]} failed, and ON_LOOKUP_FAILED is stop; a new start tries again"
+            ) from None
+        raise Died(repr(raised[0]) if raised else str(error)) from None
+
+
+def run_processes(
+    settings: Settings, run: Callable[[Settings, Iterator[memoryview]], None], tallies: list[memoryview]
+) -> None:
+    """Run all processes of the cluster on this machine; they end with the first that fails, and with this one.
+
+    They are forked, so they share the counts and what has been loaded. (The engine's own spawn_cluster waits for ever
+    when one of them dies.)
+
+    Args:
+        settings: with addresses whose ports are still to be chosen.
+        run: runs a process with its settings, and with counts for its workers.
+        tallies: counts for all of them.
+
+    Raises:
+        Died: one of them did.
+        SystemExit: a signal came.
+    """
+    with ExitStack() as free_ports:
+        sockets = [free_ports.enter_context(socket.create_server(("localhost", 0))) for _ in settings.addresses]
+        addresses = [f"localhost:{taken.getsockname()[1]}" for taken in sockets]
+    parent_lives, parent = os.pipe()
+    processes: dict[int, int] = {}
+    try:
+        for process_id in range(len(addresses)):
+            pid = os.fork()
+            if pid == 0:
+                os.close(parent)
+                end_with_parent(parent_lives)
+                process = replace(settings, addresses=addresses, process_id=process_id)
+                its_run = functools.partial(run, process, iter(tallies[process_id:]))
+                os._exit(exit_code_of(its_run, settings.tail, tallies))
+            processes[pid] = process_id
+        while processes:
+            pid, status = os.wait()
+            process_id = processes.pop(pid)
+            if status:
+                raise Died(f"process {process_id} of {len(addresses)} {how_it_ended(status)}")
+    except SystemExit:
+        for pid in processes:
+            os.kill(pid, signal.SIGTERM)
+        while processes:
+            processes.pop(os.wait()[0])
+        raise
+    finally:
+        for pid in processes:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        os.close(parent)
+        os.close(parent_lives)
+
+
+def end_with_parent(parent_lives: int) -> None:
+    """End this process when the other end of a pipe is closed, as the kernel does when the parent is killed."""
+
+    def wait() -> None:
+        os.read(parent_lives, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def how_it_ended(status: int) -> str:
+    """Say what os.wait tells of a process that has failed."""
+    if os.WIFSIGNALED(status):
+        return f"was ended by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"ended with exit code {os.WEXITSTATUS(status)}"
+
+
+def enrich(settings: Settings, tallies: list[memoryview]) -> None:
+    """Enrich what the input topic holds, and with settings.tail what arrives there, until a signal comes.
+
+    Args:
+        settings: all of them.
+        tallies: counts for each worker that is started here.
+
+    Raises:
+        SettingsError: the City database or the folder for recovery cannot be used.
+        RunError: Kafka or the dataflow failed, or not every record reached the output topic.
+        SystemExit: a signal ended a pass.
+    """
+    log.info("%s", settings)
+    locate = open_locator(settings)
+    end_before = check_topics(settings)
+
+    def missing(seconds: float) -> int:
+        return count_missing(settings, end_before, count_records(add_up(tallies)), seconds)
+
+    def run(process: Settings, free: Iterator[memoryview]) -> None:
+        tally = Tally(free)
+        wait = settings.geoip_database is None
+        get_location = make_get_location(locate, settings.cache_size, settings.on_lookup_failed, tally, wait)
+        run_process(process, get_location)
+
     ended = threading.Event()
     threading.Thread(target=report, args=(ended, tallies, missing), daemon=True).start()
     died = None
     try:
-        run_dataflow(settings, get_location)
-    except (RuntimeError, ValueError) as error:
+        if settings.process_id is None:
+            run_processes(settings, run, tallies)
+        else:
+            run(settings, iter(tallies))
+    except Died as error:
         died = error
     except SystemExit:
         if not settings.tail:
@@ -1073,8 +1246,6 @@ def enrich(settings: Settings, tallies: list[dict[str, int]]) -> None:
         ended.set()
         log.info("%s", summary(add_up(tallies)))
 
-    if died and raised and isinstance(raised[0], LookupStopped):
-        raise RunError(f"the look-up of {raised[0]} failed, and ON_LOOKUP_FAILED is stop; a new start tries again")
     if died:
         try:
             lost = str(missing(0))
@@ -1082,7 +1253,7 @@ def enrich(settings: Settings, tallies: list[dict[str, int]]) -> None:
             lost = f"an unknown number ({error})"
         resume = "goes on from the last epoch saved" if settings.tail else "begins from the beginning"
         raise RunError(
-            f"the dataflow died: {repr(raised[0]) if raised else died}; {lost} of the records it read did not reach "
+            f"the dataflow died: {died}; {lost} of the records it read did not reach "
             f"topic {settings.output_topic!r}; a new start {resume} (the engine's own words are above; NotImplemented "
             "there means zstd, which it cannot read)"
         )
@@ -1095,26 +1266,26 @@ def enrich(settings: Settings, tallies: list[dict[str, int]]) -> None:
         )
 
 
-def count_records(counts: dict[str, int]) -> int:
+def count_records(counts: list[int]) -> int:
     """Add up the records of every result."""
-    return sum(counts[result] for result in RESULTS)
+    return sum(counts[: len(RESULTS)])
 
 
-def summary(counts: dict[str, int]) -> str:
+def summary(counts: list[int]) -> str:
     """Say what became of the records so far."""
     records = count_records(counts)
-    results = ", ".join(f"{counts[result]} {result}" for result in RESULTS)
+    results = ", ".join(f"{counts[index]} {result}" for index, result in enumerate(RESULTS))
     return f"{records} records in: {results}; {max(records - counts[NOT_CACHED], 0)} from the cache"
 
 
-def report(ended: threading.Event, tallies: list[dict[str, int]], missing: Callable[[float], int]) -> None:
+def report(ended: threading.Event, tallies: list[memoryview], missing: Callable[[float], int]) -> None:
     """Log every ten seconds what became of the records, and while none come, whether all have arrived.
 
     The engine says nothing of a record that the broker refuses until the next one is sent.
 
     Args:
         ended: set when there is nothing more to report.
-        tallies: the counts of all worker threads.
+        tallies: the counts of all workers.
         missing: counts the records that have not reached the output topic.
     """
     before = 0
@@ -1137,7 +1308,7 @@ REPORT_SECONDS = 10
 STOP_SECONDS = 8  # a look-up may take four, and the engine's flush five; containers often give ten
 
 
-def end_on_signals(tail: bool, tallies: list[dict[str, int]]) -> None:
+def end_on_signals(tail: bool, tallies: list[memoryview]) -> None:
     """Let Ctrl-C and SIGTERM end the program: cleanly where records are under way, and at once where none are.
 
     The engine looks for signals while it runs, and stops in good order. While it waits for other processes it does
@@ -1146,7 +1317,7 @@ def end_on_signals(tail: bool, tallies: list[dict[str, int]]) -> None:
 
     Args:
         tail: following has no end that a signal could come before, so its exit code is 0 then.
-        tallies: what the worker threads have counted.
+        tallies: what all workers have counted.
     """
 
     def leave(signum: int, _frame: FrameType | None = None) -> NoReturn:
@@ -1171,27 +1342,48 @@ def end_on_signals(tail: bool, tallies: list[dict[str, int]]) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def exit_code_of(run: Callable[[], None], tail: bool, tallies: list[memoryview]) -> int:
+    """Run something until its end or a signal's.
+
+    Args:
+        run: what to run.
+        tail: as end_on_signals has it.
+        tallies: as end_on_signals has them.
+
+    Returns:
+        the exit code, as the top of this file has them; what went wrong is printed.
+    """
+    end_on_signals(tail, tallies)
+    try:
+        run()
+    except (SettingsError, RunError, Died) as error:
+        print(f"kafka_enrich.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, SettingsError) else 1
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
 def main() -> int:
     """Run the program.
 
     Returns:
-        its exit code, as the top of this file has them.
+        its exit code.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     # What goes wrong in these is told in our own words; theirs would repeat it, with the API's key in the URL.
     for library in ("kafka", "urllib3"):
         logging.getLogger(library).propagate = False
     logging.getLogger("kafka.net.manager").addHandler(KAFKA_LOG)
-    tallies: list[dict[str, int]] = []
     try:
         settings = read_settings(os.environ)
-        log.setLevel(settings.log_level)
-        end_on_signals(settings.tail, tallies)
-        enrich(settings, tallies)
-    except (SettingsError, RunError) as error:
+    except SettingsError as error:
         print(f"kafka_enrich.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, SettingsError) else 1
-    return 0
+        return 2
+    log.setLevel(settings.log_level)
+    started_here = settings.workers if settings.process_id is None else settings.workers_per_process
+    tallies = new_tallies(started_here)
+    return exit_code_of(lambda: enrich(settings, tallies), settings.tail, tallies)
 
 
 if __name__ == "__main__":

@@ -174,6 +174,7 @@ class Api(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[str] = []
         self.user_agents: list[str | None] = []
+        self.clients: set[tuple[str, int]] = set()
         self.reply: Callable[[str], Reply] = lambda _path: Reply(status=500)
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -190,6 +191,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.asked.append(self.path)
         self.server.user_agents.append(self.headers["User-Agent"])
+        self.server.clients.add(self.client_address)
         reply = self.server.reply(self.path)
         time.sleep(reply.delay)
         if reply.seconds_between_header_bytes:

@@ -122,14 +122,14 @@ class Output:
             before = len(self._written_at)
             self.read_for(seconds)
 
-    def wait_for(self, records: int, seconds: float = 240) -> None:
+    def wait_for(self, records: int, seconds: float = 480) -> None:
         """Read until there are so many distinct records."""
         give_up = time.monotonic() + seconds
         while len(self.counts) < records:
             assert time.monotonic() < give_up, f"{len(self.counts)} of {records} records after {seconds} s"
             self.read(0.2)
 
-    def wait_for_more(self, seconds: float = 60) -> None:
+    def wait_for_more(self, seconds: float = 180) -> None:
         """Read until there is at least one new record."""
         self.wait_for(len(self.counts) + 1, seconds)
 

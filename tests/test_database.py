@@ -1,15 +1,28 @@
 """City databases: both schemas, and what is no City database."""
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mmdb_writer import MMDBWriter
 from netaddr import IPSet
 
 from conftest import SAMPLE_DATABASE, Program
-from kafka_enrich import Location, LookupFailed, NotFound, SettingsError, open_database
+from kafka_enrich import (
+    InvalidIp,
+    Location,
+    LookupFailed,
+    NotFound,
+    ReservedIp,
+    SettingsError,
+    is_plainly_public,
+    open_database,
+    public_address,
+)
 
 
 def write(path: Path, records: dict[str, Any], ip_version: int = 6) -> str:
@@ -129,3 +142,42 @@ def test_program_ends_with_one_line(kafka_enrich_program: Program, database: str
     assert f"GEOIP_DATABASE={database!r}" in ended.errors
     assert ended.errors.splitlines()[-1].startswith("kafka_enrich.py: GEOIP_DATABASE=")
     assert "Traceback" not in ended.errors
+
+
+# IANA's special-purpose address registry for IPv4, multicast and what is reserved for future use.
+SPECIAL_BLOCKS = """
+    0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24
+    192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24
+    203.0.113.0/24 224.0.0.0/4 240.0.0.0/4
+""".split()
+
+
+@pytest.mark.parametrize("block", SPECIAL_BLOCKS)
+def test_special_block_is_not_plainly_public(block: str) -> None:
+    network = ipaddress.IPv4Network(block)
+    assert not is_plainly_public(str(network[0]))
+    assert not is_plainly_public(str(network[-1]))
+
+
+@given(st.ip_addresses(v=4).map(str))
+def test_plainly_public_address_is_public(address: str) -> None:
+    if is_plainly_public(address):
+        assert public_address(address) == address
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "100.63.255.255", "172.32.0.0", "192.1.0.0", "198.20.0.0", "223.0.0.1"])
+def test_public_address_is_plainly_public(address: str) -> None:
+    assert is_plainly_public(address)
+
+
+@given(st.text(alphabet="0123456789abcdefx.:%/ \0-+", max_size=20))
+def test_text_that_is_no_address_is_not_plainly_public(text: str) -> None:
+    try:
+        public_address(text)
+    except (InvalidIp, ReservedIp):
+        assert not is_plainly_public(text)
+
+
+@pytest.mark.parametrize("text", ["8.8", "134744072", "0x8.8.8.8", "010.8.8.8", "8.8.8.8\0", "٨.8.8.8", "8.8.8.8 "])
+def test_odd_form_of_an_address_is_not_plainly_public(text: str) -> None:
+    assert not is_plainly_public(text)

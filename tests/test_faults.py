@@ -12,7 +12,7 @@ from conftest import Topics, wait_until
 from harness import Output, plain_flow, service, stream, three_brokers
 from kafka_server import KafkaServer, free_port
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_three_brokers_restarted_one_after_the_other(tmp_path: Path) -> None:
                 broker.stop()
                 output.read_for(2)
                 broker.start()
-                wait_until(all_in_sync, seconds=90)
+                wait_until(all_in_sync, seconds=300)
             output.wait_for(records)
             assert enricher.stop() == [0]
         check(output, records, "three brokers restarted one after the other")

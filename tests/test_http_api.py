@@ -248,7 +248,7 @@ def test_each_thread_has_a_session_of_its_own(api: Api) -> None:
     def work() -> None:
         for _ in range(3):
             source.locate("8.8.8.8")
-            sessions.append(source._thread.session)
+            sessions.append(source._sessions[threading.get_ident()])
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:

@@ -246,6 +246,75 @@ def test_address_of_a_process_in_use(kafka_enrich_program: Program, topics: Topi
     assert "Address already in use" in one_error(enriched)
 
 
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that a process has started, as Linux tells them."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def gone(pids: list[int]) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_processes_are_as_one(kafka_enrich_program: Program, topics: Topics) -> None:
+    topics.write([(b"%d" % number, b"186.58.0.1") for number in range(1000)])
+    enriched = kafka_enrich_program(**topics.environment(), **DATABASE, PROCESSES="3")
+    assert enriched.exit_code == 0
+    assert enriched.errors.count(" records in: ") == 1
+    assert summary(located=1000) in enriched.errors
+    assert len(topics.read()) == 1000
+
+
+def test_processes_count_what_is_missing(kafka_enrich_program: Program, topic_names: Topics) -> None:
+    topic_names.create(topic_names.input)
+    topic_names.create(topic_names.output, configs={"max.message.bytes": "1000"})
+    topic_names.write([(b"%d" % number, b"8.8.8.8") for number in range(100)] + [(b"k" * 2000, b"8.8.8.8")])
+    enriched = kafka_enrich_program(**topic_names.environment(), **DATABASE, PROCESSES="2")
+    assert "of 101 records did not reach topic" in one_error(enriched)
+
+
+def test_signal_ends_all_processes(kafka_enrich_program: Program, topics: Topics) -> None:
+    topics.write([(b"%d" % number, b"186.58.0.1") for number in range(1000)])
+    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, PROCESSES="2", KAFKA_TAIL="1")
+    wait_until(lambda: topics.end_offset() == 1000)
+    started = children(process)
+    before = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    stopped = ended(process)
+    assert stopped.exit_code == 0
+    assert time.monotonic() - before < 5
+    assert summary(located=1000) in stopped.errors
+    assert len(started) == 2
+    assert gone(started)
+
+
+def test_process_that_dies_ends_all(kafka_enrich_program: Program, topics: Topics) -> None:
+    topics.write([(b"%d" % number, b"186.58.0.1") for number in range(1000)])
+    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, PROCESSES="2", KAFKA_TAIL="1")
+    wait_until(lambda: topics.end_offset() == 1000)
+    started = children(process)
+    os.kill(started[1], signal.SIGKILL)
+    died = ended(process)
+    assert died.exit_code == 1
+    assert died.errors.splitlines()[-1].startswith("kafka_enrich.py: the dataflow died: process ")
+    assert gone(started)
+
+
+def test_processes_end_with_the_one_that_started_them(kafka_enrich_program: Program, topics: Topics) -> None:
+    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, PROCESSES="2", KAFKA_TAIL="1")
+    wait_until(lambda: len(children(process)) == 2)
+    started = children(process)
+    process.kill()
+    wait_until(lambda: gone(started))
+
+
+def test_http_api_keeps_its_connection(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
+    api.reply = lambda _path: Reply(b'{"city": "Somewhere", "region": null, "country_name": null}')
+    topics.write([(b"key", b"8.8.8.%d" % number) for number in range(20)])
+    assert kafka_enrich_program(**topics.environment(), IPAPI_URL=api.url).exit_code == 0
+    assert len(api.asked) == 20
+    assert len(api.clients) == 1
+
+
 def wait_for_line(process: subprocess.Popen[str], text: str) -> str:
     """Read the program's log up to a line with a text; what was read."""
     assert process.stderr

@@ -71,6 +71,9 @@ SASL_SSL = {
         ("RECOVERY_DIR", "/var/lib/recovery"),
         ("KAFKA_CLIENT_SECURITY_PROTOCOL", "TLS"),
         ("BYTEWAX_WORKERS_PER_PROCESS", "0"),
+        ("PROCESSES", "0"),
+        ("PROCESSES", "101"),
+        ("PROCESSES", "auto"),
     ],
 )
 def test_bad_value_is_named(name: str, value: str) -> None:
@@ -179,6 +182,18 @@ def test_one_process_with_several_workers() -> None:
 def test_process_by_addresses() -> None:
     settings = read_settings({"BYTEWAX_ADDRESSES": "a:2101;b:2101", "BYTEWAX_PROCESS_ID": "1"})
     assert (settings.addresses, settings.process_id, settings.workers_per_process) == (["a:2101", "b:2101"], 1, 1)
+
+
+def test_processes_on_this_machine() -> None:
+    settings = read_settings({"PROCESSES": "3", "KAFKA_TAIL": "1"})
+    assert (settings.process_id, settings.workers, settings.epoch_seconds) == (None, 3, 10)
+    assert read_settings({"PROCESSES": "1"}) == read_settings({})
+
+
+@pytest.mark.parametrize("other", ["BYTEWAX_WORKERS_PER_PROCESS", "BYTEWAX_ADDRESSES", "BYTEWAX_POD_NAME"])
+def test_processes_beside_a_cluster(other: str) -> None:
+    with pytest.raises(SettingsError, match=f"PROCESSES=2 .* {other}"):
+        read_settings({"PROCESSES": "2", other: "1"})
 
 
 def test_process_by_host_file_and_pod_name(tmp_path: Path) -> None:
