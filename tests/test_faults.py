@@ -44,7 +44,7 @@ def check(output: Output, records: int, fault: str) -> None:
 
 def test_kill_ten_times(topics: Topics, tmp_path: Path) -> None:
     records, output, allowed = 400_000, Output(topics), 0
-    with stream(topics, records, per_second=8_000), service(topics, tmp_path / "log") as enricher:
+    with stream(topics, records, per_second=8_000) as hurry, service(topics, tmp_path / "log") as enricher:
         for _ in range(10):
             output.wait_for_more()
             output.read_for(seconds=2)
@@ -54,6 +54,7 @@ def test_kill_ten_times(topics: Topics, tmp_path: Path) -> None:
             output.read_to_end()
             allowed += output.written_since(killed - 3)
             enricher.start()
+        hurry.set()
         output.wait_for(records)
         assert enricher.stop() == [0]
     check(output, records, "killed ten times")
@@ -62,7 +63,7 @@ def test_kill_ten_times(topics: Topics, tmp_path: Path) -> None:
 
 def test_sigterm_ten_times(topics: Topics, tmp_path: Path) -> None:
     records, output = 200_000, Output(topics)
-    with stream(topics, records, per_second=5_000), service(topics, tmp_path / "log") as enricher:
+    with stream(topics, records, per_second=5_000) as hurry, service(topics, tmp_path / "log") as enricher:
         for _ in range(10):
             output.wait_for_more()
             output.read_for(seconds=1)
@@ -71,6 +72,7 @@ def test_sigterm_ten_times(topics: Topics, tmp_path: Path) -> None:
             assert time.monotonic() - before < 5
             output.read_to_end()
             enricher.start()
+        hurry.set()
         output.wait_for(records)
     check(output, records, "stopped with SIGTERM ten times")
 
@@ -112,7 +114,7 @@ def test_broker_frozen_and_script_killed_loses_with_sqlite(own_broker: KafkaServ
 def test_broker_away_for_twenty_seconds(own_broker: KafkaServer, tmp_path: Path) -> None:
     topics = topics_on(own_broker.address)
     records, output = 200_000, Output(topics)
-    with stream(topics, records, per_second=3_000), service(topics, tmp_path / "log") as enricher:
+    with stream(topics, records, per_second=3_000) as hurry, service(topics, tmp_path / "log") as enricher:
         output.wait_for(records // 20)
         own_broker.stop()
         own_broker.start()
@@ -124,6 +126,7 @@ def test_broker_away_for_twenty_seconds(own_broker: KafkaServer, tmp_path: Path)
         own_broker.freeze()
         time.sleep(20)  # the fault
         own_broker.thaw()
+        hurry.set()
         output.wait_for(records)
         assert enricher.stop() == [0]
     check(output, records, "broker restarted, stopped for 20 s, frozen for 20 s")
@@ -133,7 +136,9 @@ def test_broker_away_for_twenty_seconds(own_broker: KafkaServer, tmp_path: Path)
 def test_broker_away_loses_with_a_message_timeout(own_broker: KafkaServer) -> None:
     topics = topics_on(own_broker.address)
     records, output = 100_000, Output(topics)
-    with stream(topics, records, per_second=5_000), plain_flow(topics, "follow", "message.timeout.ms=5000"):
+    settings = "message.timeout.ms=5000"
+    with stream(topics, records, per_second=5_000) as hurry, plain_flow(topics, "follow", settings):
+        hurry.set()
         output.wait_for(records // 10)
         own_broker.freeze()
         time.sleep(20)  # the fault
@@ -154,13 +159,14 @@ def test_three_brokers_restarted_one_after_the_other(tmp_path: Path) -> None:
             return all(len(partition["isr_nodes"]) == 3 for topic in found for partition in topic["partitions"])
 
         records, output = 200_000, Output(topics)
-        with stream(topics, records, per_second=3_000), service(topics, tmp_path / "log") as enricher:
+        with stream(topics, records, per_second=3_000) as hurry, service(topics, tmp_path / "log") as enricher:
             for broker in brokers:
                 output.wait_for_more()
                 broker.stop()
                 output.read_for(2)
                 broker.start()
                 wait_until(all_in_sync, seconds=300)
+            hurry.set()
             output.wait_for(records)
             assert enricher.stop() == [0]
         check(output, records, "three brokers restarted one after the other")
@@ -185,8 +191,8 @@ def pods(tmp_path: Path, replicas: int) -> list[dict[str, str]]:
 
 
 def test_one_of_two_processes_killed(topics: Topics, tmp_path: Path) -> None:
-    records, output = 200_000, Output(topics)
-    with stream(topics, records, per_second=5_000), service(topics, tmp_path / "log", *pods(tmp_path, 2)) as enricher:
+    records, output, two = 200_000, Output(topics), pods(tmp_path, 2)
+    with stream(topics, records, per_second=5_000) as hurry, service(topics, tmp_path / "log", *two) as enricher:
         for victim in (0, 1, 0, 1):
             output.wait_for_more()
             output.read_for(2)
@@ -194,6 +200,7 @@ def test_one_of_two_processes_killed(topics: Topics, tmp_path: Path) -> None:
             assert 0 not in enricher.wait()
             output.read_to_end()  # so that what comes next is by the two that are started now
             enricher.start()
+        hurry.set()
         output.wait_for(records)
         assert enricher.stop() == [0, 0]
     check(output, records, "one of two processes killed four times")
@@ -331,7 +338,8 @@ def test_hostile_input(topics: Topics, tmp_path: Path) -> None:
 def test_soak(topics: Topics, tmp_path: Path) -> None:
     minutes, per_second = 5, 5_000
     records, output, megabytes = minutes * 60 * per_second, Output(topics), []
-    with stream(topics, records, per_second), service(topics, tmp_path / "log") as enricher:
+    with stream(topics, records, per_second) as hurry, service(topics, tmp_path / "log") as enricher:
+        hurry.set()
         for _ in range(minutes):
             output.read_for(50)
             megabytes.append(enricher.megabytes())
