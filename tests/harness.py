@@ -16,7 +16,7 @@ from pathlib import Path
 
 from confluent_kafka import Consumer, Producer, TopicPartition
 
-from conftest import PROJECT, SAMPLE_DATABASE, Topics
+from conftest import PROJECT, SAMPLE_DATABASE, Topics, wait_until
 from kafka_server import KafkaServer, free_port
 
 FIRST_ADDRESS = int(ipaddress.IPv4Address("8.0.0.0"))  # record n has the n-th address after it, and so a name
@@ -83,12 +83,18 @@ class Output:
         self._last: dict[bytes, int] = {}
         self._written_at: list[float] = []
         self._topic = topics.output
+        self._next: dict[int, int] = {}
         self._consumer = Consumer(
             {"bootstrap.servers": topics.address, "group.id": "not used", "enable.auto.commit": False}
         )
-        found = self._consumer.list_topics(topics.output, 10).topics[topics.output].partitions
-        self._next = dict.fromkeys(found, 0)
-        self._consumer.assign([TopicPartition(topics.output, partition, 0) for partition in found])
+
+        def find_partitions() -> bool:  # of several brokers not all know a new topic at once
+            found = self._consumer.list_topics(topics.output, 10).topics[topics.output].partitions
+            self._next = dict.fromkeys(found, 0)
+            return bool(found)
+
+        wait_until(find_partitions)
+        self._consumer.assign([TopicPartition(topics.output, partition, 0) for partition in self._next])
 
     def read(self, seconds: float) -> None:
         """Count what arrives within some seconds, or the first ten thousand records of it."""
