@@ -6,25 +6,28 @@
     KAFKA_TAIL=1 GEOIP_DATABASE=city.mmdb python kafka_enrich.py    # go on with what arrives, and after a restart
     PROCESSES=4 GEOIP_DATABASE=city.mmdb python kafka_enrich.py     # on four cores
 
-Every setting comes from the environment; the README has the table. Exit codes: 0, each record that was read is
-on the output topic, or a signal ended KAFKA_TAIL=1; 1, Kafka or the dataflow failed; 2, a setting is wrong;
-128 + n, signal n ended a pass early.
+Every setting comes from the environment, or from kafka_enrich.env beside this file; the README has the table. Exit
+codes: 0, each record that was read is on the output topic, or a signal ended KAFKA_TAIL=1; 1, Kafka or the dataflow
+failed; 2, a setting is wrong; 128 + n, signal n ended a pass early.
 """
 
 import bisect
 import functools
+import hashlib
+import importlib.metadata
 import ipaddress
 import itertools
 import logging
 import mmap
 import os
+import platform
 import re
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -47,6 +50,7 @@ from bytewax.inputs import KafkaInputConfig
 from bytewax.outputs import KafkaOutputConfig
 from bytewax.parse import proc_env
 from bytewax.recovery import KafkaRecoveryConfig, RecoveryConfig, SqliteRecoveryConfig
+from dotenv.parser import parse_stream
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.admin import OffsetSpec
 from kafka.errors import (
@@ -56,6 +60,16 @@ from kafka.errors import (
     UnknownTopicOrPartitionError,
     for_code,
 )
+from prometheus_client import (
+    CollectorRegistry,
+    Histogram,
+    Metric,
+    ProcessCollector,
+    make_wsgi_app,
+    start_http_server,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.registry import Collector
 
 log = logging.getLogger("kafka_enrich")
 
@@ -86,6 +100,7 @@ class Settings:
     on_lookup_failed: str
     cache_size: int
     log_level: str
+    metrics_port: int | None
     addresses: list[str]
     process_id: int | None  # None: all the processes are started here
     workers_per_process: int
@@ -99,6 +114,49 @@ class Settings:
     def recovery_name(self) -> str:
         """Where the recovery state is: another number of workers could not use it, and would do nothing or all."""
         return f"{self.input_topic}-to-{self.output_topic}-{self.workers}-workers"
+
+
+NAMES = """
+    BYTEWAX_ADDRESSES BYTEWAX_HOSTFILE_PATH BYTEWAX_POD_NAME BYTEWAX_PROCESS_ID BYTEWAX_STATEFULSET_NAME
+    BYTEWAX_WORKERS_PER_PROCESS CACHE_SIZE EPOCH_SECONDS GEOIP_DATABASE IPAPI_KEY IPAPI_URL KAFKA_BROKERS
+    KAFKA_INPUT_TOPIC KAFKA_OUTPUT_TOPIC KAFKA_TAIL LOG_LEVEL METRICS_PORT ON_LOOKUP_FAILED PROCESSES RECOVERY_DIR
+""".split()
+PREFIXES = ("KAFKA_CLIENT_", "KAFKA_CONSUMER_", "KAFKA_PRODUCER_")
+
+
+def with_settings_file(env: Mapping[str, str], path: Path) -> dict[str, str]:
+    """Add to the environment what a settings file says: who starts the script on an instance may set no variables.
+
+    Args:
+        env: wins where both name a setting.
+        path: a file of NAME=value lines, with quotes and comments as in a shell, but nothing is expanded; it need not
+            be there.
+
+    Returns:
+        both.
+
+    Raises:
+        SettingsError: the file cannot be read, or a line of it is no setting; values are not shown.
+    """
+    if not path.exists():
+        return dict(env)
+    found = {}
+    try:
+        with path.open(encoding="utf-8") as file:
+            bindings = list(parse_stream(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from None
+    for name, value, original, damaged in bindings:
+        if name is None and not damaged:  # a comment, or nothing
+            continue
+        before = original.string[: len(original.string) - len(original.string.lstrip())]
+        where = f"{path}, line {original.line + before.count(chr(10))}"
+        if name is None or value is None:
+            raise SettingsError(f"{where}: this is not NAME=value")
+        if name not in NAMES and not name.startswith(PREFIXES):
+            raise SettingsError(f"{where}: there is no setting {name}")
+        found[name] = value
+    return {**found, **env}
 
 
 def read_settings(env: Mapping[str, str]) -> Settings:
@@ -144,6 +202,7 @@ def read_settings(env: Mapping[str, str]) -> Settings:
         on_lookup_failed=choice(env, "ON_LOOKUP_FAILED", "mark", "stop"),
         cache_size=whole_number(env, "CACHE_SIZE", "100000", 0, 10_000_000),
         log_level=choice(env, "LOG_LEVEL", "INFO", "DEBUG", "WARNING", "ERROR"),
+        metrics_port=read_metrics_port(env, len(addresses), process_id or 0),
         addresses=addresses,
         process_id=process_id,
         workers_per_process=workers_per_process,
@@ -188,6 +247,18 @@ def read_epoch_seconds(env: Mapping[str, str], several_workers: bool) -> float:
         workers = "several workers" if several_workers else "one worker"
         raise SettingsError(f"EPOCH_SECONDS={value!r} is not a number from {low} to 3600, as {workers} can have it")
     return float(value)
+
+
+def read_metrics_port(env: Mapping[str, str], processes: int, process_id: int) -> int | None:
+    """Read the port of this process: those of a cluster on one host need one each, but a pod is a host of its own."""
+    if "METRICS_PORT" not in env:
+        return None
+    port = whole_number(env, "METRICS_PORT", "", 1, 65_535)
+    if "BYTEWAX_POD_NAME" in env:
+        return port
+    if port + processes - 1 > 65_535:
+        raise SettingsError(f"METRICS_PORT={port} is too high: {processes} processes have as many ports from there on")
+    return port + process_id
 
 
 def host_ports(name: str, values: list[str]) -> list[str]:
@@ -288,11 +359,7 @@ def read_client_properties(env: Mapping[str, str]) -> tuple[dict[str, str], dict
     """
     client, consumer, producer = (
         chosen_properties(env, prefix, allowed)
-        for prefix, allowed in (
-            ("KAFKA_CLIENT_", CLIENT_PROPERTIES),
-            ("KAFKA_CONSUMER_", CONSUMER_PROPERTIES),
-            ("KAFKA_PRODUCER_", PRODUCER_PROPERTIES),
-        )
+        for prefix, allowed in zip(PREFIXES, (CLIENT_PROPERTIES, CONSUMER_PROPERTIES, PRODUCER_PROPERTIES), strict=True)
     )
     protocol = client.get("security.protocol", "PLAINTEXT").upper()
     if protocol not in ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"):
@@ -339,7 +406,7 @@ def read_cluster(env: Mapping[str, str]) -> tuple[list[str], int | None, int]:
     """
     if "PROCESSES" in env:
         processes = whole_number(env, "PROCESSES", "1", 1, 100)
-        if others := [name for name in env if name.startswith("BYTEWAX_")]:
+        if others := [name for name in NAMES if name.startswith("BYTEWAX_") and name in env]:
             raise SettingsError(f"PROCESSES={processes} starts all processes here; with it {others[0]} cannot be set")
         if processes > 1:
             return ["localhost:0"] * processes, None, 1
@@ -784,6 +851,7 @@ class Tally(dict[int, memoryview]):
         """Remember where threads find counts that no other one has."""
         super().__init__()
         self._free = free
+        self.remembered: Callable[[], int] = lambda: 0  # how many answers the cache holds
 
     def __missing__(self, thread: int) -> memoryview:
         """Take counts for a thread."""
@@ -843,9 +911,9 @@ def make_get_location(
         except NotLocated as not_located:
             return to_json(text, NOWHERE, not_located.error), RESULTS.index(not_located.error)
 
-    answer: Answer = functools.lru_cache(cache_size)(look_up)
-    if one_at_a_time:
-        answer = wait_for_others(answer)
+    cached = functools.lru_cache(cache_size)(look_up)
+    tally.remembered = lambda: cached.cache_info().currsize
+    answer: Answer = wait_for_others(cached) if one_at_a_time else cached
 
     def get_location(record: Record) -> tuple[bytes | None, bytes]:
         key, value = record
@@ -1058,6 +1126,126 @@ def count_missing(settings: Settings, end_before: int, handed_over: int, seconds
             time.sleep(0.1)
 
 
+# --- Metrics: what Prometheus and supervisors see -------------------------------------------------------------
+
+LOOKUP_BUCKETS = (5e-6, 1e-5, 2.5e-5, 1e-4, 1e-3, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 4)  # seconds: a database, an API
+
+
+class Metrics(Collector):
+    """What one process has counted, put together when Prometheus asks: records pay nothing for it."""
+
+    def __init__(self, tally: Tally, database: str | None) -> None:
+        """Remember what does not change.
+
+        Args:
+            tally: of the process.
+            database: the path of its City database, if it has one.
+        """
+        self._tally = tally
+        self._seen = 0
+        self._last_record = time.monotonic()  # or the start, where none has come
+        self._built: int | None = None
+        if database:
+            with maxminddb.open_database(database) as reader:
+                self._built = reader.metadata().build_epoch
+        self._build = {
+            "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+            "bytewax": importlib.metadata.version("bytewax"),
+            "python": platform.python_version(),
+        }
+
+    def _counts(self) -> list[int]:
+        return add_up(list(self._tally.values())) or [0] * (len(RESULTS) + 1)
+
+    def look(self) -> None:
+        """See whether a record has come since the last look."""
+        records = count_records(self._counts())
+        if records > self._seen:
+            self._seen, self._last_record = records, time.monotonic()
+
+    def collect(self) -> Iterator[Metric]:
+        """Put the metrics together."""
+        counts = self._counts()
+        self.look()
+        records = CounterMetricFamily(
+            "kafka_enrich_records", "Records read and handed to the output: each one in is one out.", labels=["result"]
+        )
+        for result, count in zip(RESULTS, counts, strict=False):
+            records.add_metric([result], count)
+        yield records
+        hits = max(count_records(counts) - counts[NOT_CACHED], 0)
+        yield CounterMetricFamily("kafka_enrich_cache_hits", "Records answered from the cache.", hits)
+        yield GaugeMetricFamily("kafka_enrich_cache_entries", "Answers in the cache.", self._tally.remembered())
+        since = time.monotonic() - self._last_record
+        yield GaugeMetricFamily(
+            "kafka_enrich_seconds_since_last_record", "Seconds since a record came, or since the start.", since
+        )
+        if self._built is not None:
+            age = time.time() - self._built
+            yield GaugeMetricFamily("kafka_enrich_database_age_seconds", "Age of the City database.", age)
+        yield InfoMetricFamily("kafka_enrich_build", "What is running; script is its SHA-256.", self._build)
+
+
+@contextmanager
+def metrics_served(settings: Settings, locate: Locator, tally: Tally) -> Iterator[Locator]:
+    """Serve /metrics and /healthz while the block runs, where the settings name a port for them.
+
+    Args:
+        settings: of this process.
+        locate: what its look-ups go to.
+        tally: its counts.
+
+    Yields:
+        the locator to use, which takes the time where somebody may ask for it.
+
+    Raises:
+        SettingsError: the port is in use.
+    """
+    if settings.metrics_port is None:
+        yield locate
+        return
+    registry, metrics, ended = CollectorRegistry(), Metrics(tally, settings.geoip_database), threading.Event()
+    registry.register(metrics)
+    ProcessCollector(registry=registry)
+    lookups = Histogram(
+        "kafka_enrich_lookup_seconds",
+        "Seconds that looking up an address took that was not in the cache.",
+        buckets=LOOKUP_BUCKETS,
+        registry=registry,
+    )
+    try:
+        server, _ = start_http_server(settings.metrics_port, registry=registry)
+    except OSError as error:
+        raise SettingsError(f"METRICS_PORT: port {settings.metrics_port} cannot be used: {error}") from None
+    metrics_app: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
+
+    def respond(request: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        if request["PATH_INFO"] == "/healthz":
+            start("200 OK", [("Content-Type", "text/plain")])
+            return [b"the dataflow runs\n"]
+        return metrics_app(request, start)
+
+    def timed(text: str) -> Location:
+        began = time.perf_counter()
+        try:
+            return locate(text)
+        finally:
+            lookups.observe(time.perf_counter() - began)
+
+    def look() -> None:
+        while not ended.wait(1):
+            metrics.look()
+
+    server.set_app(respond)
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        yield timed
+    finally:
+        ended.set()
+        server.shutdown()
+        server.server_close()
+
+
 # --- The dataflow -----------------------------------------------------------------------------------------------
 
 
@@ -1164,7 +1352,8 @@ def run_processes(
             if pid == 0:
                 os.close(parent)
                 end_with_parent(parent_lives)
-                process = replace(settings, addresses=addresses, process_id=process_id)
+                port = settings.metrics_port and settings.metrics_port + process_id
+                process = replace(settings, addresses=addresses, process_id=process_id, metrics_port=port)
                 its_run = functools.partial(run, process, iter(tallies[process_id:]))
                 os._exit(exit_code_of(its_run, settings.tail, tallies))
             processes[pid] = process_id
@@ -1217,6 +1406,8 @@ def enrich(settings: Settings, tallies: list[memoryview]) -> None:
         SystemExit: a signal ended a pass.
     """
     log.info("%s", settings)
+    if os.environ.pop("BYTEWAX_DATAFLOW_API_ENABLED", None):
+        log.info("BYTEWAX_DATAFLOW_API_ENABLED is ignored: the engine would serve its settings, with passwords, to all")
     locate = open_locator(settings)
     end_before = check_topics(settings)
 
@@ -1226,8 +1417,9 @@ def enrich(settings: Settings, tallies: list[memoryview]) -> None:
     def run(process: Settings, free: Iterator[memoryview]) -> None:
         tally = Tally(free)
         wait = settings.geoip_database is None
-        get_location = make_get_location(locate, settings.cache_size, settings.on_lookup_failed, tally, wait)
-        run_process(process, get_location)
+        with metrics_served(process, locate, tally) as its_locate:
+            get_location = make_get_location(its_locate, settings.cache_size, settings.on_lookup_failed, tally, wait)
+            run_process(process, get_location)
 
     ended = threading.Event()
     threading.Thread(target=report, args=(ended, tallies, missing), daemon=True).start()
@@ -1376,7 +1568,7 @@ def main() -> int:
         logging.getLogger(library).propagate = False
     logging.getLogger("kafka.net.manager").addHandler(KAFKA_LOG)
     try:
-        settings = read_settings(os.environ)
+        settings = read_settings(with_settings_file(os.environ, Path(__file__).with_name("kafka_enrich.env")))
     except SettingsError as error:
         print(f"kafka_enrich.py: {error}", file=sys.stderr)
         return 2

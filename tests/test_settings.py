@@ -7,7 +7,7 @@ import pytest
 
 import load_data
 from conftest import PROJECT
-from kafka_enrich import SettingsError, read_settings
+from kafka_enrich import NAMES, SettingsError, read_settings, with_settings_file
 
 
 def test_defaults() -> None:
@@ -71,6 +71,10 @@ SASL_SSL = {
         ("RECOVERY_DIR", "/var/lib/recovery"),
         ("KAFKA_CLIENT_SECURITY_PROTOCOL", "TLS"),
         ("BYTEWAX_WORKERS_PER_PROCESS", "0"),
+        ("METRICS_PORT", ""),
+        ("METRICS_PORT", "0"),
+        ("METRICS_PORT", "65536"),
+        ("METRICS_PORT", "localhost:9100"),
         ("PROCESSES", "0"),
         ("PROCESSES", "101"),
         ("PROCESSES", "auto"),
@@ -241,6 +245,60 @@ def test_bad_cluster_is_named(environment: dict[str, str], named: str) -> None:
         read_settings(environment)
 
 
+@pytest.mark.parametrize(
+    ("environment", "port"),
+    [
+        ({}, 9100),
+        ({"PROCESSES": "3"}, 9100),  # of the first one; each adds its number when it is started
+        ({"BYTEWAX_ADDRESSES": "a:1;b:1;c:1", "BYTEWAX_PROCESS_ID": "2"}, 9102),
+        ({"BYTEWAX_ADDRESSES": "a:1;b:1", "BYTEWAX_POD_NAME": "x-1", "BYTEWAX_STATEFULSET_NAME": "x"}, 9100),
+    ],
+)
+def test_metrics_port(environment: dict[str, str], port: int) -> None:
+    assert read_settings({"METRICS_PORT": "9100", **environment}).metrics_port == port
+    assert read_settings(environment).metrics_port is None
+
+
+def test_settings_file_and_the_environment_wins(tmp_path: Path) -> None:
+    path = tmp_path / "kafka_enrich.env"
+    path.write_text(
+        "# a comment\n\nKAFKA_BROKERS=file:1\nKAFKA_TAIL=1 # another\n"
+        "export CACHE_SIZE=5\nKAFKA_CLIENT_SASL_PASSWORD='a $b #c'\nIPAPI_KEY=${HOME}\n"
+    )
+    assert with_settings_file({"KAFKA_BROKERS": "environment:1", "HOME": "/"}, path) == {
+        "HOME": "/",
+        "KAFKA_BROKERS": "environment:1",
+        "KAFKA_TAIL": "1",
+        "CACHE_SIZE": "5",
+        "KAFKA_CLIENT_SASL_PASSWORD": "a $b #c",
+        "IPAPI_KEY": "${HOME}",
+    }
+
+
+def test_settings_file_need_not_be_there(tmp_path: Path) -> None:
+    assert with_settings_file({"A": "b"}, tmp_path / "kafka_enrich.env") == {"A": "b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"KAFKA_TAIL=1\n\nKAFAK_BROKERS=s3cret\n", "line 3: there is no setting KAFAK_BROKERS"),
+        (b"HOME=/s3cret\n", "line 1: there is no setting HOME"),
+        (b"\n# s3cret\nIPAPI_KEY s3cret\n", "line 3: this is not NAME=value"),
+        (b"IPAPI_KEY\n", "line 1: this is not NAME=value"),
+        (b"IPAPI_KEY='s3cret\n", "line 1: this is not NAME=value"),
+        (b"IPAPI_KEY=s3cret\xff\n", "cannot be read"),
+    ],
+)
+def test_settings_file_that_cannot_be_used(tmp_path: Path, text: bytes, message: str) -> None:
+    path = tmp_path / "kafka_enrich.env"
+    path.write_bytes(text)
+    with pytest.raises(SettingsError, match=re.escape(message)) as raised:
+        with_settings_file({}, path)
+    assert str(path) in str(raised.value)
+    assert "s3cret" not in str(raised.value)
+
+
 class Recording(dict[str, str]):
     """An environment that remembers which names it was asked for."""
 
@@ -268,7 +326,7 @@ def test_readme_has_every_variable_and_no_other() -> None:
     environment = Recording()
     read_settings(environment)
     asked = environment.asked | {"BYTEWAX_STATEFULSET_NAME"}  # read only beside BYTEWAX_POD_NAME
-    assert names_in_the_readme() == asked
+    assert names_in_the_readme() == asked == set(NAMES)
 
 
 def test_both_scripts_share_names_and_defaults() -> None:
