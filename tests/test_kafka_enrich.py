@@ -388,6 +388,18 @@ def test_signal_ends_following_of_an_empty_topic(kafka_enrich_program: Program, 
     assert "ended by SIGINT before the first record" in stopped.errors
 
 
+def test_threads_of_librdkafka_interrupt_none(kafka_enrich_program: Program, topics: Topics) -> None:
+    topics.write([(b"key", b"8.8.8.8")])
+    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, KAFKA_TAIL="1")
+    wait_until(lambda: topics.end_offset() == 1)
+    threads = list(Path(f"/proc/{process.pid}/task").iterdir())
+    of_librdkafka = [thread for thread in threads if (thread / "comm").read_text().startswith("rdk:broker")]
+    assert of_librdkafka
+    assert {os.sched_getscheduler(int(thread.name)) for thread in of_librdkafka} == {os.SCHED_BATCH}
+    process.terminate()
+    assert ended(process).exit_code == 0
+
+
 def test_failed_lookup_stops_where_that_is_wanted(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
     api.reply = lambda path: (
         Reply(b'{"city": "Somewhere", "region": null, "country_name": null}') if "8.8.8.8" in path else Reply(b"", 403)

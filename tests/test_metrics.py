@@ -62,7 +62,7 @@ def test_metrics_count_what_becomes_of_records(topics: Topics, kafka_enrich_prog
     found = samples(port)
     assert found["kafka_enrich_cache_hits_total"] == 1
     assert found["kafka_enrich_cache_entries"] == 5
-    assert found["kafka_enrich_lookup_seconds_count"] == 4  # one came from the cache, and none was asked for nothing
+    assert found["kafka_enrich_lookup_seconds_count"] == 1  # of one to a hundred
     assert 0 < found["kafka_enrich_database_age_seconds"] < 3e8
     assert 0 <= found["kafka_enrich_seconds_since_last_record"] < 60
     assert found["process_resident_memory_bytes"] > 1e7
@@ -130,6 +130,16 @@ def test_lookups_are_timed_and_failures_too() -> None:
     assert found["kafka_enrich_cache_entries"] == 1
     assert "kafka_enrich_database_age_seconds" not in found
     assert not accepts_connections(port)
+
+
+def test_one_in_a_hundred_of_a_database_s_lookups_is_timed() -> None:
+    port, tally = free_port(), Tally(iter(new_tallies(1)))
+    settings = read_settings({"METRICS_PORT": str(port), "GEOIP_DATABASE": str(SAMPLE_DATABASE)})
+    with metrics_served(settings, open_database(str(SAMPLE_DATABASE)), tally) as timed:
+        get_location = make_get_location(timed, 0, "mark", tally)
+        for _ in range(250):
+            get_location((None, b"186.58.0.1"))
+        assert samples(port)["kafka_enrich_lookup_seconds_count"] == 3
 
 
 def test_seconds_since_the_last_record() -> None:
