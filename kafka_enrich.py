@@ -1143,6 +1143,7 @@ class Metrics(Collector):
         """
         self._tally = tally
         self._seen = 0
+        self._hits = 0
         self._last_record = time.monotonic()  # or the start, where none has come
         self._built: int | None = None
         if database:
@@ -1173,8 +1174,9 @@ class Metrics(Collector):
         for result, count in zip(RESULTS, counts, strict=False):
             records.add_metric([result], count)
         yield records
-        hits = max(count_records(counts) - counts[NOT_CACHED], 0)
-        yield CounterMetricFamily("kafka_enrich_cache_hits", "Records answered from the cache.", hits)
+        # A look-up is counted before its result; a counter that goes down would look like a new start.
+        self._hits = max(self._hits, count_records(counts) - counts[NOT_CACHED])
+        yield CounterMetricFamily("kafka_enrich_cache_hits", "Records answered from the cache.", self._hits)
         yield GaugeMetricFamily("kafka_enrich_cache_entries", "Answers in the cache.", self._tally.remembered())
         since = time.monotonic() - self._last_record
         yield GaugeMetricFamily(
@@ -1351,6 +1353,7 @@ def run_processes(
 
     Raises:
         Died: one of them did.
+        SettingsError: one of them cannot use a setting.
         SystemExit: a signal came.
     """
     with ExitStack() as free_ports:
@@ -1367,18 +1370,26 @@ def run_processes(
                 port = settings.metrics_port and settings.metrics_port + process_id
                 process = replace(settings, addresses=addresses, process_id=process_id, metrics_port=port)
                 its_run = functools.partial(run, process, iter(tallies[process_id:]))
-                os._exit(exit_code_of(its_run, settings.tail, tallies))
+                try:
+                    os._exit(exit_code_of(its_run, settings.tail, tallies))
+                except BaseException:  # noqa: BLE001 - whatever it is, what follows is for the parent
+                    sys.excepthook(*sys.exc_info())
+                    os._exit(1)
             processes[pid] = process_id
         while processes:
             pid, status = os.wait()
+            if pid not in processes:  # a stranger's child: in a container this may be process 1
+                continue
             process_id = processes.pop(pid)
+            if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 2:
+                raise SettingsError(f"process {process_id} of {len(addresses)} cannot use a setting, see above")
             if status:
                 raise Died(f"process {process_id} of {len(addresses)} {how_it_ended(status)}")
     except SystemExit:
         for pid in processes:
             os.kill(pid, signal.SIGTERM)
         while processes:
-            processes.pop(os.wait()[0])
+            processes.pop(os.wait()[0], None)
         raise
     finally:
         for pid in processes:

@@ -307,6 +307,36 @@ def test_process_that_dies_ends_all(kafka_enrich_program: Program, topics: Topic
     assert gone(started)
 
 
+def test_setting_that_a_process_cannot_use(kafka_enrich_program: Program, topics: Topics, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    environment = {**topics.environment(), **DATABASE, "KAFKA_TAIL": "1", "RECOVERY_DIR": str(tmp_path / "file")}
+    enriched = kafka_enrich_program(**environment, PROCESSES="2")
+    assert enriched.exit_code == 2
+    assert "kafka_enrich.py: RECOVERY_DIR=" in enriched.errors
+    assert re.search(r"kafka_enrich.py: process [01] of 2 cannot use a setting, see above\n$", enriched.errors)
+
+
+def test_processes_and_a_child_of_somebody_else(
+    kafka_enrich_program: Program, topics: Topics, api: Api, tmp_path: Path
+) -> None:
+    end_it, ended_it = tmp_path / "end", tmp_path / "ended"
+    api.reply = lambda _path: Reply(b'{"city": "Somewhere", "region": null, "country_name": null}', delay=0.2)
+    topics.write([(b"%d" % number, b"8.8.8.%d" % number) for number in range(20)])
+    child = f"(until [ -e {end_it} ]; do sleep 0.1; done; touch {ended_it}) &"
+    process = subprocess.Popen(  # as process 1 of a container has children that it did not start
+        ["sh", "-c", f'{child} exec "$0" "$1"', sys.executable, str(kafka_enrich_program.script)],
+        env={**kafka_enrich_program.environment, **topics.environment(), "IPAPI_URL": api.url, "PROCESSES": "2"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: bool(api.asked))
+    end_it.touch()
+    enriched = ended(process)
+    assert ended_it.exists()
+    assert enriched.exit_code == 0
+    assert summary(located=20) in enriched.errors
+
+
 def test_processes_end_with_the_one_that_started_them(kafka_enrich_program: Program, topics: Topics) -> None:
     process = kafka_enrich_program.start(**topics.environment(), **DATABASE, PROCESSES="2", KAFKA_TAIL="1")
     wait_until(lambda: len(children(process)) == 2)

@@ -142,6 +142,24 @@ def test_one_in_a_hundred_of_a_database_s_lookups_is_timed() -> None:
         assert samples(port)["kafka_enrich_lookup_seconds_count"] == 3
 
 
+def test_cache_hits_never_fall_while_a_lookup_waits() -> None:
+    port, tally = free_port(), Tally(iter(new_tallies(1)))
+    settings = read_settings({"METRICS_PORT": str(port)})
+    seen = []
+
+    def locate(text: str) -> Location:
+        seen.append(samples(port)["kafka_enrich_cache_hits_total"])
+        return Location(text, None, None)
+
+    with metrics_served(settings, locate, tally) as timed:
+        get_location = make_get_location(timed, 100, "mark", tally)
+        for value in (b"first", b"first", b"first"):
+            get_location((None, value))
+        assert samples(port)["kafka_enrich_cache_hits_total"] == 2
+        get_location((None, b"second"))
+    assert seen == [0, 2]
+
+
 def test_seconds_since_the_last_record() -> None:
     port, tally = free_port(), Tally(iter(new_tallies(1)))
     settings = read_settings({"METRICS_PORT": str(port), "GEOIP_DATABASE": str(SAMPLE_DATABASE)})
