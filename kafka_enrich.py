@@ -37,7 +37,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import get_ident
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypedDict
 from urllib.parse import urlsplit
 
 import maxminddb
@@ -469,8 +469,8 @@ class LookupFailed(NotLocated):
     error = "lookup_failed"
 
 
-class Location(NamedTuple):
-    """Where an address is, in English; None where the source does not know."""
+class Location(TypedDict):
+    """Where an address is, in English; None where the source does not know. Output records have it as it is here."""
 
     city: str | None
     region: str | None
@@ -564,7 +564,7 @@ def location_in(record: object) -> Location:
     country_name = name_in(read("country_name") or read("country") or read("country_code"))
     if not (city or region or country_name):
         raise NotFound
-    return Location(city, region, country_name)
+    return {"city": city, "region": region, "country_name": country_name}
 
 
 def open_database(path: str) -> Locator:
@@ -593,11 +593,12 @@ def open_database(path: str) -> Locator:
     log.info("locating with %s, %s of %s", path, metadata.database_type, built.date())
 
     def locate(text: str) -> Location:
-        address = text if is_plainly_public(text) else public_address(text)
-        if metadata.ip_version == 4 and ":" in address:
-            raise NotFound
+        if not is_plainly_public(text):
+            text = public_address(text)
+            if metadata.ip_version == 4 and ":" in text:
+                raise NotFound
         try:
-            return location_in(reader.get(address))
+            return location_in(reader.get(text))
         except (ValueError, maxminddb.InvalidDatabaseError):  # the file is damaged at this record
             raise LookupFailed from None
 
@@ -639,7 +640,7 @@ def read_reply(reply: Reply) -> Location:
         fields = None
     if not isinstance(fields, dict):
         fields = {}
-    if reply.status == 200 and not fields.get("error") and fields.keys() >= set(Location._fields):
+    if reply.status == 200 and not fields.get("error") and fields.keys() >= Location.__required_keys__:
         return location_in(fields)
     reason = str(fields.get("reason")).casefold()
     if reason == "reserved ip address":
@@ -828,7 +829,7 @@ def open_locator(settings: Settings) -> Locator:
 Record = tuple[bytes | None, bytes | None]
 GetLocation = Callable[[Record], tuple[bytes | None, bytes]]
 Answer = Callable[[bytes | None], tuple[bytes, int]]  # the output's value, and which of RESULTS it is
-NOWHERE = Location(None, None, None)
+NOWHERE = Location(city=None, region=None, country_name=None)
 LOCATED, INVALID_IP, RESERVED_IP, NOT_FOUND, LOOKUP_FAILED, NOT_CACHED = range(6)  # what is counted
 RESULTS = ("located", "invalid_ip", "reserved_ip", "not_found", "lookup_failed")  # their names, and those in records
 
@@ -871,8 +872,7 @@ def text_of(value: bytes) -> str:
 
 def to_json(ip: str | None, location: Location, error: str | None = None) -> bytes:
     """Write the value of an output record; cut to the length of an address, it stays small whatever came in."""
-    city, region, country_name = location
-    record = {"ip": ip and ip[:LONGEST_ADDRESS], "city": city, "region": region, "country_name": country_name}
+    record = {"ip": ip and ip[:LONGEST_ADDRESS], **location}
     # orjson leaves a kilobyte or more around its result; a copy takes only what it needs in the cache.
     return b"%b" % orjson.dumps(record if error is None else {**record, "error": error})
 

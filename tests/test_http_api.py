@@ -16,7 +16,7 @@ from conftest import Api, Reply
 from kafka_enrich import HttpApi, InvalidIp, Location, LookupFailed, NotFound, NotLocated, ReservedIp
 
 MOUNTAIN_VIEW = {"ip": "8.8.8.8", "city": "Mountain View", "region": "California", "country_name": "United States"}
-LOCATION = Location("Mountain View", "California", "United States")
+LOCATION = Location(city="Mountain View", region="California", country_name="United States")
 
 
 def reply(body: object, status: int = 200, **headers: str) -> Reply:
@@ -54,7 +54,7 @@ def test_ipv6_is_asked_in_its_shortest_form(api: Api) -> None:
 
 def test_unknown_fields_are_none(api: Api) -> None:
     api.reply = lambda _path: reply({"city": None, "region": "", "country_name": "France"})
-    assert HttpApi(api.url, None).locate("8.8.8.8") == Location(None, None, "France")
+    assert HttpApi(api.url, None).locate("8.8.8.8") == Location(city=None, region=None, country_name="France")
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1", "fe80::1", "127.0.0.1", "localhost", "8.8", ""])

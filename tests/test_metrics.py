@@ -116,7 +116,7 @@ def test_lookups_are_timed_and_failures_too() -> None:
         time.sleep(0.02)
         if text == "failed":
             raise LookupFailed
-        return Location("Here", None, None)
+        return Location(city="Here", region=None, country_name=None)
 
     port, tally = free_port(), Tally(iter(new_tallies(1)))
     settings = read_settings({"METRICS_PORT": str(port)})
@@ -149,7 +149,7 @@ def test_cache_hits_never_fall_while_a_lookup_waits() -> None:
 
     def locate(text: str) -> Location:
         seen.append(samples(port)["kafka_enrich_cache_hits_total"])
-        return Location(text, None, None)
+        return Location(city=text, region=None, country_name=None)
 
     with metrics_served(settings, locate, tally) as timed:
         get_location = make_get_location(timed, 100, "mark", tally)

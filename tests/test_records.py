@@ -187,7 +187,7 @@ class Counting:
             raise LookupFailed
         if text == "x":
             raise InvalidIp
-        return Location(None, None, text)
+        return Location(city=None, region=None, country_name=text)
 
 
 def test_final_answers_are_remembered() -> None:
