@@ -261,7 +261,10 @@ def test_threads_lose_no_count() -> None:
     tallies = new_tallies(4)
     get_location = make_get_location(LOCATE, 100, "mark", Tally(iter(tallies)))
 
+    all_here = threading.Barrier(4)  # a thread that has ended leaves its identifier, and with it its counts, to others
+
     def work() -> None:
+        all_here.wait()
         for _ in range(20_000):
             get_location((None, b"186.58.0.1"))
             get_location((None, None))
