@@ -956,6 +956,15 @@ DISCONNECTED = "it closes the connection, as brokers do for a wrong password or 
 KAFKA_LOG = BufferingHandler(1_000)  # kafka-python logs why there is no connection; its exception does not tell
 
 
+def why_no_connection(logged: list[str], error: Exception) -> str:
+    """Choose from what kafka-python has logged of its attempts what tells most; its exception, if that is all."""
+    attempts = [reason for reason in logged if "onnection" in reason or "disconnected" in reason] or [str(error)]
+    # A broker that refuses a password closes the connection too, and sometimes only that is noticed. A time-out tells
+    # least: the last attempt has no more time than the others have left.
+    most = min(attempts, key=lambda reason: 1 if "disconnected" in reason else 2 if "timed out" in reason else 0)
+    return DISCONNECTED if "disconnected" in most else " ".join(most.split())
+
+
 @contextmanager
 def kafka_admin(settings: Settings) -> Iterator[KafkaAdminClient]:
     """Connect to Kafka for some questions; what goes wrong meanwhile becomes a RunError."""
@@ -966,13 +975,8 @@ def kafka_admin(settings: Settings) -> Iterator[KafkaAdminClient]:
         ) as admin:
             yield admin
     except (KafkaError, OSError) as error:
-        reasons = [record.getMessage() for record in KAFKA_LOG.buffer] or [str(error)]
-        # A broker that refuses a password closes the connection too, and sometimes only that is noticed.
-        other = DISCONNECTED if any("disconnected" in reason for reason in reasons) else str(error)
-        reason = next((reason for reason in reasons if "onnection" in reason and "disconnected" not in reason), other)
-        raise RunError(
-            f"Kafka at {','.join(settings.brokers)} (KAFKA_BROKERS) cannot be used: {' '.join(reason.split())}"
-        ) from None
+        reason = why_no_connection([record.getMessage() for record in KAFKA_LOG.buffer], error)
+        raise RunError(f"Kafka at {','.join(settings.brokers)} (KAFKA_BROKERS) cannot be used: {reason}") from None
 
 
 def describe(admin: KafkaAdminClient, topic: str, operation: str) -> list[dict[str, Any]]:

@@ -212,6 +212,15 @@ def load(settings: Settings, path: Path) -> Outcome:
     return Outcome(acknowledged, skipped, problem)
 
 
+def why_no_connection(logged: list[str], error: Exception) -> str:
+    """Choose from what kafka-python has logged of its attempts what tells most; its exception, if that is all."""
+    attempts = [reason for reason in logged if "onnection" in reason or "disconnected" in reason] or [str(error)]
+    # A broker that refuses a password closes the connection too, and sometimes only that is noticed. A time-out tells
+    # least: the last attempt has no more time than the others have left.
+    most = min(attempts, key=lambda reason: 1 if "disconnected" in reason else 2 if "timed out" in reason else 0)
+    return DISCONNECTED if "disconnected" in most else " ".join(most.split())
+
+
 def arguments(settings: Settings) -> argparse.Namespace:
     """Read the command line."""
 
@@ -260,11 +269,7 @@ def main() -> int:
         create_topics(settings, options.partitions, options.replication_factor)
         acknowledged, skipped, problem = load(settings, options.file)
     except KafkaError as error:
-        reasons = [record.getMessage() for record in kafka_log.buffer] or [str(error)]
-        # A broker that refuses a password closes the connection too, and sometimes only that is noticed.
-        other = DISCONNECTED if any("disconnected" in reason for reason in reasons) else str(error)
-        reason = next((reason for reason in reasons if "onnection" in reason and "disconnected" not in reason), other)
-        why = " ".join(reason.split())
+        why = why_no_connection([record.getMessage() for record in kafka_log.buffer], error)
         print(f"load_data.py: Kafka at {','.join(settings.brokers)} (KAFKA_BROKERS): {why}", file=sys.stderr)
         return 1
     print(f"loaded {acknowledged} records into topic {settings.input_topic}")

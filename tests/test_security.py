@@ -2,9 +2,12 @@
 
 import re
 import signal
+import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,6 +143,10 @@ def test_recovery_in_a_secured_kafka_is_refused(plain: Secured, kafka_enrich_pro
     assert "KAFKA_TAIL=1 needs RECOVERY_DIR" in refused.errors
 
 
+def arguments(script: str) -> list[str]:
+    return [str(SAMPLE)] if script == "load_data_program" else []
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -155,13 +162,39 @@ def test_wrong_credentials_are_one_clear_line(
     program: Program = request.getfixturevalue(script)
     wrong = {name: plain.other_ca if value == "other" else value for name, value in wrong.items()}
     before = time.monotonic()
-    arguments = [str(SAMPLE)] if script == "load_data_program" else []
-    refused = program(*arguments, **{**of_its_own(plain.sasl), **wrong, "LOG_LEVEL": "ERROR"})
+    refused = program(*arguments(script), **{**of_its_own(plain.sasl), **wrong, "LOG_LEVEL": "ERROR"})
     assert time.monotonic() - before < 15
     assert refused.exit_code == 1
     assert re.search(says, refused.errors)
     assert refused.errors.count("\n") == 1
     assert "s3cret" not in refused.errors
+
+
+@pytest.mark.parametrize("script", ["load_data_program", "kafka_enrich_program"])
+def test_connection_closed_once_tells_more_than_a_time_out(request: pytest.FixtureRequest, script: str) -> None:
+    program: Program = request.getfixturevalue(script)
+    accepted: list[socket.socket] = []
+
+    def close_the_first() -> None:
+        with suppress(OSError):  # the listener is shut down
+            while True:
+                accepted.append(listener.accept()[0])
+                if len(accepted) == 1:
+                    accepted[0].close()
+
+    with socket.create_server(("localhost", 0)) as listener:
+        thread = threading.Thread(target=close_the_first)
+        thread.start()
+        refused = program(
+            *arguments(script), **DATABASE, KAFKA_BROKERS=f"localhost:{listener.getsockname()[1]}", LOG_LEVEL="ERROR"
+        )
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    for connection in accepted:
+        connection.close()
+    assert len(accepted) > 1
+    assert refused.exit_code == 1
+    assert "it closes the connection" in refused.errors
 
 
 def test_no_permission_to_write(plain: Secured, load_data_program: Program, kafka_enrich_program: Program) -> None:
