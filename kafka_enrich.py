@@ -6,6 +6,9 @@
     KAFKA_TAIL=1 GEOIP_DATABASE=city.mmdb python kafka_enrich.py    # go on with what arrives, and after a restart
     PROCESSES=4 GEOIP_DATABASE=city.mmdb python kafka_enrich.py     # on four cores
 
+The dataflow comes first, and then what it rests on: the settings, where locations come from, how records are written,
+what Kafka is asked before and after, metrics, processes, the program.
+
 Every setting comes from the environment, or from kafka_enrich.env beside this file; the README has the table. Exit
 codes: 0, each record that was read is on the output topic, or a signal ended KAFKA_TAIL=1; 1, Kafka or the dataflow
 failed; 2, a setting is wrong; 128 + n, signal n ended a pass early.
@@ -72,6 +75,50 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 log = logging.getLogger("kafka_enrich")
+
+
+# --- The dataflow -----------------------------------------------------------------------------------------------
+
+
+def run_dataflow(settings: "Settings", get_location: "GetLocation") -> None:
+    """Run one process of the cluster: for ever, or until every partition has been read to its end."""
+    brokers, addresses, proc_id = settings.brokers, settings.addresses, settings.process_id
+
+    flow = Dataflow()
+    flow.input(
+        "ip_address",
+        KafkaInputConfig(brokers, settings.input_topic, settings.tail, additional_properties=settings.consumer),
+    )
+    # (b"Germany", b"5.159.132.1"), and None for a key or a value that is not there
+    flow.map(get_location)
+    # (b"Germany", b'{"ip":"5.159.132.1","city":"Berlin","region":"Berlin","country_name":"Germany"}')
+    flow.capture(KafkaOutputConfig(brokers, settings.output_topic, additional_properties=settings.producer))
+    # the same, in the producer's queue
+    cluster_main(
+        flow,
+        addresses,
+        proc_id,
+        epoch_config=PeriodicEpochConfig(timedelta(seconds=settings.epoch_seconds) if settings.tail else ONE_EPOCH),
+        recovery_config=recovery_config(settings),
+        worker_count_per_proc=settings.workers_per_process,
+    )
+
+
+ONE_EPOCH = timedelta(days=1000)  # a pass saves no place to resume from, and workers wait for each other between epochs
+
+
+def recovery_config(settings: "Settings") -> RecoveryConfig | None:
+    """Choose where the place to resume from is kept: a pass has none, for the engine would skip what came after it."""
+    if not settings.tail:
+        return None
+    if settings.recovery_dir is None:
+        return KafkaRecoveryConfig(settings.brokers, settings.recovery_name)
+    folder = Path(settings.recovery_dir, settings.recovery_name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"RECOVERY_DIR={settings.recovery_dir!r} cannot be used: {error}") from None
+    return SqliteRecoveryConfig(str(folder))
 
 
 # --- Settings: the environment, checked -----------------------------------------------------------------------
@@ -1253,48 +1300,7 @@ def metrics_served(settings: Settings, locate: Locator, tally: Tally) -> Iterato
         server.server_close()
 
 
-# --- The dataflow -----------------------------------------------------------------------------------------------
-
-
-def run_dataflow(settings: Settings, get_location: GetLocation) -> None:
-    """Run one process of the cluster: for ever, or until every partition has been read to its end."""
-    brokers, addresses, proc_id = settings.brokers, settings.addresses, settings.process_id
-
-    flow = Dataflow()
-    flow.input(
-        "ip_address",
-        KafkaInputConfig(brokers, settings.input_topic, settings.tail, additional_properties=settings.consumer),
-    )
-    # (b"Germany", b"5.159.132.1"), and None for a key or a value that is not there
-    flow.map(get_location)
-    # (b"Germany", b'{"ip":"5.159.132.1","city":"Berlin","region":"Berlin","country_name":"Germany"}')
-    flow.capture(KafkaOutputConfig(brokers, settings.output_topic, additional_properties=settings.producer))
-    # the same, in the producer's queue
-    cluster_main(
-        flow,
-        addresses,
-        proc_id,
-        epoch_config=PeriodicEpochConfig(timedelta(seconds=settings.epoch_seconds) if settings.tail else ONE_EPOCH),
-        recovery_config=recovery_config(settings),
-        worker_count_per_proc=settings.workers_per_process,
-    )
-
-
-ONE_EPOCH = timedelta(days=1000)  # a pass saves no place to resume from, and workers wait for each other between epochs
-
-
-def recovery_config(settings: Settings) -> RecoveryConfig | None:
-    """Choose where the place to resume from is kept: a pass has none, for the engine would skip what came after it."""
-    if not settings.tail:
-        return None
-    if settings.recovery_dir is None:
-        return KafkaRecoveryConfig(settings.brokers, settings.recovery_name)
-    folder = Path(settings.recovery_dir, settings.recovery_name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"RECOVERY_DIR={settings.recovery_dir!r} cannot be used: {error}") from None
-    return SqliteRecoveryConfig(str(folder))
+# --- The processes: one or many run the dataflow, and tell what became of it -----------------------------------
 
 
 class Died(Exception):
@@ -1376,8 +1382,8 @@ def run_processes(
                 its_run = functools.partial(run, process, iter(tallies[process_id:]))
                 try:
                     os._exit(exit_code_of(its_run, settings.tail, tallies))
-                except BaseException:  # noqa: BLE001 - whatever it is, what follows is for the parent
-                    sys.excepthook(*sys.exc_info())
+                except BaseException:  # whatever it is: the code that follows is for the parent only
+                    log.exception("process %d of %d", process_id, len(addresses))
                     os._exit(1)
             processes[pid] = process_id
         while processes:
