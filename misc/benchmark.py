@@ -81,7 +81,7 @@ def addresses(count: int) -> Iterator[str]:
     Yields:
         public IPv4 addresses.
     """
-    chance = random.Random(20_261_123)  # noqa: S311
+    chance = random.Random(20_261_123)  # noqa: S311 - the same addresses each time are wanted here, not secret ones
 
     def anywhere() -> str:
         while True:

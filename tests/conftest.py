@@ -65,13 +65,12 @@ class Topics(NamedTuple):
         consumer.close()
         return [(key, value) for _, key, value in sorted(records, key=lambda record: record[0])]
 
-    def end_offset(self) -> int:
-        """How many records the output topic holds."""
+    def end_offset(self, topic: str | None = None) -> int:
+        """How many records have been written to a topic, the output if it is not named."""
+        topic = topic or self.output
         with self.admin() as admin:
-            [found] = admin.describe_topics([self.output])
-            partitions = [
-                TopicPartition(self.output, partition["partition_index"]) for partition in found["partitions"]
-            ]
+            [found] = admin.describe_topics([topic])
+            partitions = [TopicPartition(topic, partition["partition_index"]) for partition in found["partitions"]]
             latest = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
         return sum(offset.offset for offset in latest.values())
 

@@ -247,8 +247,8 @@ def test_stateful_set_is_one_cluster(image: Image, topics: Topics) -> None:
     processes = [image.start(image.command, environment) for environment in environments]
     probe = CONTAINER["livenessProbe"]["httpGet"]
     assert probe["port"] == "metrics"
-    for environment in environments:
-        wait_until(lambda port=int(environment["METRICS_PORT"]): bool(get(port, probe["path"])))  # type: ignore[misc]
+    ports = [int(environment["METRICS_PORT"]) for environment in environments]
+    wait_until(lambda: all(get(port, probe["path"]) for port in ports))
     topics.write([(b"key-%d" % number, b"2001:1b68::1") for number in range(60)])
     wait_until(lambda: topics.end_offset() == 60)
     outputs = stop(processes, POD["terminationGracePeriodSeconds"])
@@ -327,7 +327,6 @@ def test_broker_of_the_compose_file_takes_records() -> None:
 
 def unit() -> configparser.SectionProxy:
     parser = configparser.ConfigParser(strict=False, interpolation=None)
-    parser.optionxform = str  # type: ignore[assignment,method-assign]
     parser.read(DEPLOY / "kafka_enrich.service")
     return parser["Service"]
 

@@ -100,7 +100,7 @@ def test_invalid_ip(value: bytes | None, ip: str | None) -> None:
 @pytest.mark.parametrize(
     "address",
     [
-        "0.0.0.0",  # noqa: S104
+        "0.0.0.0",  # noqa: S104 - nothing listens there, it is looked up
         "10.0.0.1",
         "100.64.0.1",
         "127.0.0.1",

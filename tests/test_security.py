@@ -23,7 +23,7 @@ from kafka_server import VERSION, KafkaServer, free_port
 from load_data import SAMPLE
 
 DATABASE = {"GEOIP_DATABASE": str(SAMPLE_DATABASE)}
-PASSWORD = "s3cret-alice"  # noqa: S105
+PASSWORD = f"s3cret-{uuid.uuid4().hex}"
 
 
 class Secured(NamedTuple):
