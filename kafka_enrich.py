@@ -1,27 +1,34 @@
 """Enrich a Kafka topic of IP addresses with city, region and country.
 
-    python load_data.py                                # seed the input topic with sample addresses
-    python kafka_enrich.py                             # enrich what it holds, asking ipapi.co, and stop
-    GEOIP_DATABASE=city.mmdb python kafka_enrich.py    # the same from a local City database
-    KAFKA_TAIL=1 GEOIP_DATABASE=city.mmdb python kafka_enrich.py    # go on with what arrives, and after a restart
-    PROCESSES=4 GEOIP_DATABASE=city.mmdb python kafka_enrich.py     # on four cores
+    python load_data.py                                             # seed the input topic with sample addresses
+    python kafka_enrich.py                                          # enrich what it holds, asking ipapi.co, and end
+    GEOIP_DATABASE=city.mmdb python kafka_enrich.py                 # the same from a local City database
+    KAFKA_TAIL=1 GEOIP_DATABASE=city.mmdb python kafka_enrich.py    # go on with what arrives, until a signal comes
+    DELIVERY_GUARANTEE=exactly_once KAFKA_TAIL=1 GEOIP_DATABASE=city.mmdb python kafka_enrich.py
 
-The dataflow comes first, and then what it rests on: the settings, where locations come from, how records are written,
-what Kafka is asked before and after, metrics, processes, the program.
+Every copy of it is a member of one consumer group: start another one to share the work. Settings come from the
+environment, or from kafka_enrich.env beside this file.
 
-Every setting comes from the environment, or from kafka_enrich.env beside this file; the README has the table. Exit
-codes: 0, each record that was read is on the output topic, or a signal ended KAFKA_TAIL=1; 1, Kafka or the dataflow
-failed; 2, a setting is wrong; 128 + n, signal n ended a pass early.
+    record      what lies on a topic: key b"Germany", value b"5.159.132.1", headers, a timestamp
+    location    {"city": "Berlin", "region": "State of Berlin", "country_name": "Germany"}
+    result      what became of a record: located, tombstone, invalid_ip, reserved_ip, not_found or lookup_failed
+    answer      the output's value and the result: (b'{"ip":"5.159.132.1","city":"Berlin",...}', "located")
+
+Exit codes: 0, done, or KAFKA_TAIL=1 was stopped by a signal; 1, Kafka or a look-up failed; 2, a setting is wrong;
+128 + n, signal n ended a bounded run early.
 """
 
+import argparse
 import bisect
+import difflib
 import functools
 import hashlib
 import importlib.metadata
 import ipaddress
 import itertools
 import logging
-import mmap
+import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import re
@@ -30,154 +37,744 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
-from logging.handlers import BufferingHandler
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import get_ident
-from types import FrameType, TracebackType
-from typing import Any, NamedTuple, NoReturn, TypedDict
-from urllib.parse import urlsplit
+from types import FrameType
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypedDict, TypeVar, get_type_hints
 
+import bytewax.operators as op
 import maxminddb
-import orjson
+import msgspec
 import requests
 import urllib3
 from bytewax.dataflow import Dataflow
-from bytewax.execution import PeriodicEpochConfig, cluster_main
-from bytewax.inputs import KafkaInputConfig
-from bytewax.outputs import KafkaOutputConfig
-from bytewax.parse import proc_env
-from bytewax.recovery import KafkaRecoveryConfig, RecoveryConfig, SqliteRecoveryConfig
-from dotenv.parser import parse_stream
-from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
-from kafka.admin import OffsetSpec
-from kafka.errors import (
+from bytewax.inputs import DynamicSource, StatelessSourcePartition
+from bytewax.outputs import DynamicSink, StatelessSinkPartition
+from bytewax.testing import cluster_main
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
     KafkaError,
-    LeaderNotAvailableError,
-    TopicAlreadyExistsError,
-    UnknownTopicOrPartitionError,
-    for_code,
+    KafkaException,
+    Message,
+    Producer,
+    TopicCollection,
+    TopicPartition,
 )
-from prometheus_client import (
-    CollectorRegistry,
-    Histogram,
-    Metric,
-    ProcessCollector,
-    make_wsgi_app,
-    start_http_server,
-)
+from confluent_kafka.admin import AclOperation, AdminClient
+from dotenv import dotenv_values
+from msgspec import Meta
+from prometheus_client import REGISTRY, Histogram, Metric, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 log = logging.getLogger("kafka_enrich")
+T = TypeVar("T")
+
+Answer = tuple[bytes | None, str]  # the output's value, and the result
+Enriched = tuple[Message, Answer]  # what came in, and what goes out
 
 
 # --- The dataflow -----------------------------------------------------------------------------------------------
 
 
-def run_dataflow(settings: "Settings", get_location: "GetLocation") -> None:
-    """Run one process of the cluster: for ever, or until every partition has been read to its end."""
-    brokers, addresses, proc_id = settings.brokers, settings.addresses, settings.process_id
+def run_dataflow(settings: "Settings", workers: "list[Worker]", locations: "Locations") -> None:
+    """Run the workers of this process: until a signal comes, or the group has enriched all that the topic held."""
+    brokers = settings.kafka_brokers
 
-    flow = Dataflow()
-    flow.input(
-        "ip_address",
-        KafkaInputConfig(brokers, settings.input_topic, settings.tail, additional_properties=settings.consumer),
+    flow = Dataflow("kafka_enrich")
+    ip_addresses = op.input(
+        "ip_address", flow, KafkaInputConfig(brokers, settings.kafka_input_topic, settings.kafka_tail, workers)
     )
-    # (b"Germany", b"5.159.132.1"), and None for a key or a value that is not there
-    flow.map(get_location)
-    # (b"Germany", b'{"ip":"5.159.132.1","city":"Berlin","region":"Berlin","country_name":"Germany"}')
-    flow.capture(KafkaOutputConfig(brokers, settings.output_topic, additional_properties=settings.producer))
-    # the same, in the producer's queue
-    cluster_main(
-        flow,
-        addresses,
-        proc_id,
-        epoch_config=PeriodicEpochConfig(timedelta(seconds=settings.epoch_seconds) if settings.tail else ONE_EPOCH),
-        recovery_config=recovery_config(settings),
-        worker_count_per_proc=settings.workers_per_process,
-    )
+    # Message: key b"Germany", value b"5.159.132.1"
+    located = op.map("location", ip_addresses, locations.get_location)
+    # (the same Message, (b'{"ip":"5.159.132.1","city":"Berlin",...}', "located"))
+    op.output("located", located, KafkaOutputConfig(brokers, settings.kafka_output_topic, workers))
+    # on the output topic: the same key, headers and timestamp with the new value; committed by Worker.commit
+    cluster_main(flow, addresses=[], proc_id=0, epoch_interval=NEVER, worker_count_per_proc=len(workers))
 
 
-ONE_EPOCH = timedelta(days=1000)  # a pass saves no place to resume from, and workers wait for each other between epochs
+NEVER = timedelta(days=10_000)  # the consumer group keeps the place, so no epoch has to end
 
 
-def recovery_config(settings: "Settings") -> RecoveryConfig | None:
-    """Choose where the place to resume from is kept: a pass has none, for the engine would skip what came after it."""
-    if not settings.tail:
-        return None
-    if settings.recovery_dir is None:
-        return KafkaRecoveryConfig(settings.brokers, settings.recovery_name)
-    folder = Path(settings.recovery_dir, settings.recovery_name)
+class KafkaInputConfig(DynamicSource[Message]):
+    """Reads a topic; each worker is a member of the consumer group."""
+
+    def __init__(self, brokers: str, topic: str, tail: bool, workers: "list[Worker]") -> None:
+        """Choose what to read.
+
+        Args:
+            brokers: host:port, comma separated.
+            topic: its name.
+            tail: go on with what arrives, or end with what the topic holds at the start.
+            workers: what is shared with the output, by number.
+        """
+        self._brokers, self._topic, self._tail, self._workers = brokers, topic, tail, workers
+
+    def build(self, _step_id: str, worker_index: int, _worker_count: int) -> "KafkaInput":
+        """Join the group with one worker."""
+        return KafkaInput(self._workers[worker_index], self._brokers, self._topic, self._tail)
+
+
+class KafkaOutputConfig(DynamicSink[Enriched]):
+    """Writes to a topic, and commits."""
+
+    def __init__(self, brokers: str, topic: str, workers: "list[Worker]") -> None:
+        """Choose where to write; arguments as KafkaInputConfig has them."""
+        self._brokers, self._topic, self._workers = brokers, topic, workers
+
+    def build(self, _step_id: str, worker_index: int, _worker_count: int) -> "KafkaOutput":
+        """Connect the producer of one worker."""
+        return KafkaOutput(self._workers[worker_index], self._brokers, self._topic)
+
+
+# --- Kafka: input, output, commit -------------------------------------------------------------------------------
+
+IDLE_SECONDS = 0.05  # how long a worker waits for a record before it looks at its clock
+ASK_SECONDS = 0.5  # how often a bounded run asks what the group has committed
+RETRY_SECONDS = 0.5
+TRANSACTION_SECONDS = 15  # after a kill readers of committed records wait so long, so it is near the session's time-out
+COMMIT_LIMIT = 30.0  # s; what takes longer is done again with a new producer
+STOP_LIMIT = 5.0  # s that a stop waits for a rebalance to end; containers often give ten
+REMINDER_SECONDS = 60
+
+# What brokers answer where doing it again cannot help.
+REFUSALS = {
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.INVALID_MSG,
+    KafkaError.INVALID_MSG_SIZE,
+    KafkaError.INVALID_RECORD,
+    KafkaError.INVALID_TIMESTAMP,
+    KafkaError.MSG_SIZE_TOO_LARGE,
+    KafkaError.POLICY_VIOLATION,
+    KafkaError.RECORD_LIST_TOO_LARGE,
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError.UNSUPPORTED_COMPRESSION_TYPE,
+    KafkaError._UNKNOWN_PARTITION,
+    KafkaError._UNKNOWN_TOPIC,
+}
+PURGED = {KafkaError._PURGE_INFLIGHT, KafkaError._PURGE_QUEUE}  # of a producer that was given up
+REBALANCING = {KafkaError.ILLEGAL_GENERATION, KafkaError.REBALANCE_IN_PROGRESS, KafkaError.UNKNOWN_MEMBER_ID}
+
+
+class RunError(Exception):
+    """The run cannot go on; the message says why, and what to do."""
+
+
+class Worker:
+    """One member of the consumer group: a consumer, a producer, and how far the output has come.
+
+    Its input, look-up and output run one after another in one thread, and nothing is under way when it commits.
+    """
+
+    consumer: Consumer
+    producer: Producer
+    connect_producer: "Callable[[], Producer]"
+
+    def __init__(self, settings: "Settings", name: str, stop: threading.Event) -> None:
+        """Connect nothing yet.
+
+        Args:
+            settings: all of them.
+            name: in logs, and of its transactions: no other worker of the group has it.
+            stop: set when the program is to end.
+        """
+        self.settings, self.name, self.stop = settings, name, stop
+        self.under_way = 0  # records that were read and that the output has not taken
+        self.produced: dict[int, int] = {}  # by partition: the offset after the last record that was produced
+        self.committed: dict[int, int] = {}
+        self.broken: str | None = None  # why everything since the last commit has to be done again
+        self.refused: RunError | None = None
+        self.pending: Counter[str] = Counter()  # results since the last commit
+        self.counts: Counter[str] = Counter()  # results that are committed
+        self.commits = self.rebalances = 0
+        self.last_commit = self.last_record = time.monotonic()
+        self.trouble_since: float | None = None
+        self.reminder = 0.0
+
+    def commit(self) -> bool:
+        """Commit what was produced: the whole delivery guarantee, in the order in which it happens.
+
+        At least once: offsets are committed when the brokers have acknowledged all records before them; a kill between
+        the two repeats those. Exactly once: records and offsets become visible together, or never.
+
+        Returns:
+            False where it did not work: it is tried again the next time, or everything since the last one done again.
+
+        Raises:
+            RunError: the output topic refused a record; nothing after it is committed.
+        """
+        offsets = [
+            TopicPartition(self.settings.kafka_input_topic, partition, offset)
+            for partition, offset in self.produced.items()
+            if offset != self.committed.get(partition)
+        ]
+        if self.broken or not offsets:
+            return not self.broken
+        try:
+            if self.settings.exactly_once:
+                member = self.consumer.consumer_group_metadata()  # with it the brokers refuse who is no member any more
+                within(COMMIT_LIMIT, self.producer.send_offsets_to_transaction, offsets, member, COMMIT_LIMIT)
+                within(COMMIT_LIMIT, self.producer.commit_transaction, COMMIT_LIMIT)
+                self.producer.begin_transaction()
+            else:
+                self.flush()
+                within(COMMIT_LIMIT, commit_offsets, self.consumer, offsets)
+        except (KafkaException, TimeoutError) as error:
+            self.not_committed(error)
+            return False
+        self.committed.update((offset.partition, offset.offset) for offset in offsets)
+        self.counts.update(self.pending)
+        self.pending.clear()
+        self.commits += 1
+        self.last_commit = time.monotonic()
+        self.all_is_well()
+        return True
+
+    def flush(self) -> None:
+        """Wait until the brokers have acknowledged every record that was produced."""
+        limit, unacknowledged = time.monotonic() + COMMIT_LIMIT, len(self.producer)
+        while left := self.producer.flush(0.5):
+            if left < unacknowledged:
+                limit, unacknowledged = time.monotonic() + COMMIT_LIMIT, left
+            if self.refused or self.broken or time.monotonic() > limit:
+                raise TimeoutError(self.broken or f"no record was acknowledged for {COMMIT_LIMIT:.0f} s")
+        if self.refused or self.broken:
+            raise TimeoutError(self.broken)
+
+    def not_committed(self, error: KafkaException | TimeoutError) -> None:
+        """Say what follows from a commit that failed."""
+        if self.refused:
+            raise self.refused
+        reason, code = reason_of(error), code_of(error)
+        if code in REFUSALS:
+            raise RunError(f"group {self.settings.group!r}: offsets cannot be committed: {reason}")
+        # Whether a transaction took effect may be unknown: a new producer puts an end to it, and then the group's
+        # offsets tell. Offsets alone are just committed the next time.
+        if self.settings.exactly_once or isinstance(error, TimeoutError):
+            self.broken = reason
+        if code in REBALANCING:
+            log.info("worker %s does again what it had not committed: %s", self.name, reason)
+        else:
+            self.in_trouble(reason)
+
+    def do_again(self) -> None:
+        """Go back to the committed offsets with a new producer, which aborts what the old one left open.
+
+        Raises:
+            KafkaException, TimeoutError: Kafka does not answer; the worker is still broken.
+        """
+        old, self.producer = self.producer, self.connect_producer()
+        threading.Thread(target=retire, args=[old], daemon=True).start()
+        self.begin_transactions()
+        for position in self.consumer.committed(self.consumer.assignment(), timeout=COMMIT_LIMIT):
+            if position.error:
+                raise KafkaException(position.error)
+            position.offset = max(position.offset, OFFSET_BEGINNING)  # nothing committed is lower
+            self.consumer.seek(position)
+        for forgotten in (self.produced, self.committed, self.pending):
+            forgotten.clear()
+        self.broken = None
+
+    def begin_transactions(self) -> None:
+        """Begin the first transaction of a producer, where there are any; errors as do_again."""
+        if self.settings.exactly_once:
+            within(COMMIT_LIMIT, self.producer.init_transactions, COMMIT_LIMIT)
+            self.producer.begin_transaction()
+
+    def undelivered(self, record: Message, error: KafkaError, _output: Message) -> None:
+        """Take the report of a record that did not get to the output topic; of the others there is none."""
+        if error.code() in REFUSALS:
+            topic, partition, offset = record.topic(), record.partition(), record.offset() or 0
+            self.refused = self.refused or RunError(
+                f"{topic}[{partition}] offset {offset} is refused by topic {self.settings.kafka_output_topic!r}: "
+                f"{error.str()}; mend that (max.message.bytes?), or skip the record: kafka-consumer-groups.sh --group "
+                f"{self.settings.group} --topic {topic}:{partition} --reset-offsets --to-offset {offset + 1} --execute"
+            )
+        elif error.code() not in PURGED:
+            self.broken = self.broken or error.str()
+
+    def assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Say which partitions have come to this worker."""
+        self.rebalances += 1
+        numbers = {part.partition for part in [*consumer.assignment(), *partitions]}
+        log.info("worker %s reads partitions %s", self.name, sorted(numbers))
+
+    def revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Commit before another member reads on; no exception may leave a callback."""
+        try:
+            self.commit()
+        except RunError as error:
+            self.refused = error
+        self.left(consumer, partitions)
+
+    def lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Give up what is not committed: another member may have begun with it."""
+        if self.settings.exactly_once and self.produced != self.committed:
+            self.broken = "partitions were lost"
+        log.warning("worker %s was put out of the group, and joins again", self.name)
+        self.left(consumer, partitions)
+
+    def left(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Forget how far partitions have come that belong to others now."""
+        self.rebalances += 1
+        gone = {part.partition for part in partitions}
+        for partition in gone:
+            self.produced.pop(partition, None)
+            self.committed.pop(partition, None)
+        kept = {part.partition for part in consumer.assignment()} - gone
+        log.info("worker %s reads partitions %s", self.name, sorted(kept))
+
+    def complain(self, error: KafkaError) -> None:
+        """Take what librdkafka says of its connections; one broker away of several is no trouble."""
+        if error.code() in (KafkaError._ALL_BROKERS_DOWN, KafkaError._AUTHENTICATION, KafkaError._SSL):
+            self.in_trouble(error.str())
+
+    def in_trouble(self, reason: str) -> None:
+        """Say that Kafka does not answer: once when it begins, and once a minute."""
+        now = time.monotonic()
+        if self.trouble_since is None:
+            self.trouble_since = self.reminder = now
+        if now >= self.reminder:
+            self.reminder = now + REMINDER_SECONDS
+            log.warning("worker %s waits for Kafka: %s", self.name, reason)
+
+    def all_is_well(self) -> None:
+        """Say that Kafka answers again, where it did not."""
+        if self.trouble_since is not None:
+            log.info("worker %s goes on after %.0f s", self.name, time.monotonic() - self.trouble_since)
+            self.trouble_since = None
+
+    def leave(self) -> None:
+        """Leave the group, so that the others need not wait for the session's time-out; if it fails, they do."""
+        if hasattr(self, "consumer"):
+            with suppress(KafkaException, TimeoutError, RuntimeError):
+                within(STOP_LIMIT, self.consumer.close)
+
+
+def committed_offsets(consumer: Consumer, topic: str, numbers: Iterable[int]) -> list[TopicPartition]:
+    """Ask what the group has committed, again while its coordinator is about to begin.
+
+    Raises:
+        KafkaException: it does not say.
+    """
+    limit = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            return consumer.committed([TopicPartition(topic, number) for number in numbers], timeout=CONNECT_SECONDS)
+        except KafkaException as error:
+            if code_of(error) in REFUSALS or time.monotonic() > limit:
+                raise
+            time.sleep(0.1)
+
+
+def commit_offsets(consumer: Consumer, offsets: list[TopicPartition]) -> None:
+    """Commit offsets, and raise what any of their partitions says."""
+    for committed in consumer.commit(offsets=offsets, asynchronous=False) or []:
+        if committed.error:
+            raise KafkaException(committed.error)
+
+
+def retire(producer: Producer) -> None:
+    """Let a producer go that nobody waits for; in a thread, for librdkafka may take its time."""
+    with suppress(KafkaException):
+        producer.purge()
+        producer.flush(COMMIT_LIMIT)
+
+
+def within(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
+    """Call something in a thread that can be left behind: neither librdkafka nor sockets keep all of their time-outs.
+
+    Args:
+        seconds: to wait.
+        call: what to call.
+        arguments: with what.
+
+    Returns:
+        what it returns.
+
+    Raises:
+        TimeoutError: it did not return in time (librdkafka#5511 is one cause); and whatever it raises.
+    """
+    thread = ThreadPoolExecutor(1)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"RECOVERY_DIR={settings.recovery_dir!r} cannot be used: {error}") from None
-    return SqliteRecoveryConfig(str(folder))
+        return thread.submit(call, *arguments).result(seconds)
+    except FutureTimeoutError:
+        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
+    finally:
+        thread.shutdown(wait=False)
 
 
-# --- Settings: the environment, checked -----------------------------------------------------------------------
+def reason_of(error: BaseException) -> str:
+    """Say why something failed, in the words of librdkafka where it was the one that did."""
+    cause = error.args[0] if error.args else None
+    return cause.str() if isinstance(cause, KafkaError) else str(error)
+
+
+def code_of(error: BaseException) -> int | None:
+    """Find the code of Kafka's error, where it is one."""
+    cause = error.args[0] if error.args else None
+    return cause.code() if isinstance(cause, KafkaError) else None
+
+
+class KafkaInput(StatelessSourcePartition[Message]):
+    """What one worker reads."""
+
+    def __init__(self, worker: Worker, brokers: str, topic: str, tail: bool) -> None:
+        """Connect a consumer, note the ends of a bounded run, and join the group."""
+        self._worker, settings = worker, worker.settings
+        worker.consumer = self._consumer = Consumer(
+            {**consumer_properties(settings, brokers), "error_cb": worker.complain}, logger=LIBRDKAFKA_LOG
+        )
+        # A look-up over HTTP may take seconds, and between two batches the group and a stop get their turn.
+        self._batch_size = 1_000 if settings.geoip_database else 1
+        self._ends: dict[int, int] = {}  # by partition: the offset after its last record, when there is no next one
+        self._remaining = None if tail else remaining(self._consumer, topic)
+        self._ask_at = self._commit_at = 0.0
+        if self._remaining == {}:
+            log.info(
+                "nothing new for KAFKA_GROUP_ID=%s; another one, or one that is reset, does all again", settings.group
+            )
+            return
+        self._consumer.subscribe([topic], on_assign=worker.assigned, on_revoke=worker.revoked, on_lost=worker.lost)
+
+    def next_batch(self) -> list[Message]:
+        """Read what there is, up to a batch, but nothing before the output has taken the batch before it."""
+        worker = self._worker
+        if worker.under_way:
+            return []
+        for partition, end in self._ends.items():
+            worker.produced[partition] = max(end, worker.produced.get(partition, 0))
+        self._ends.clear()
+        if worker.stop.is_set():
+            self._stop()
+        if worker.refused:
+            raise worker.refused
+        if worker.broken:
+            return self._do_again()
+        now = time.monotonic()
+        if now >= self._commit_at:
+            worker.commit()
+            self._commit_at = now + worker.settings.seconds_between_commits
+        if now >= self._ask_at:
+            self._ask_at = now + ASK_SECONDS
+            self._ask()
+        rebalances = worker.rebalances
+        messages = self._consumer.consume(self._batch_size, 0)
+        if not messages:
+            if self._remaining is not None:
+                worker.commit()  # so that a bounded run does not wait for its end
+            message = self._consumer.poll(IDLE_SECONDS)
+            messages = [message] if message else []
+        if rebalances != worker.rebalances:  # of partitions that have just left, the next owner reads it
+            owned = {part.partition for part in self._consumer.assignment()}
+            messages = [message for message in messages if message.partition() in owned]
+        records = [message for message in messages if message.error() is None or self._event(message)]
+        if records:
+            worker.last_record = now
+        worker.under_way = len(records)
+        return records
+
+    def _event(self, message: Message) -> bool:
+        """Take a message that is no record but an event of the consumer."""
+        error = message.error()
+        if error is None:
+            return True
+        if error.code() == KafkaError._PARTITION_EOF:
+            self._ends[message.partition() or 0] = message.offset() or 0
+        elif error.fatal() or error.code() in REFUSALS:
+            raise RunError(f"topic {self._worker.settings.kafka_input_topic!r} cannot be read: {error.str()}")
+        else:
+            log.info("worker %s: %s", self._worker.name, error.str())
+        return False
+
+    def _do_again(self) -> list[Message]:
+        """Try to get the worker whole again; what the consumer returns meanwhile is read again after that."""
+        self._consumer.poll(RETRY_SECONDS)
+        try:
+            self._worker.do_again()
+        except (KafkaException, TimeoutError) as error:
+            if code_of(error) in REFUSALS:
+                raise RunError(f"group {self._worker.settings.group!r} cannot go on: {reason_of(error)}") from None
+            self._worker.in_trouble(reason_of(error))
+        return []
+
+    def _ask(self) -> None:
+        """Ask the group for its offsets: a bounded run ends with them, and they tell when trouble is over.
+
+        Raises:
+            StopIteration: the group has committed the end of every partition as it was at the start.
+        """
+        if self._remaining is None and self._worker.trouble_since is None:
+            return
+        topic = self._worker.settings.kafka_input_topic
+        partitions = [TopicPartition(topic, number) for number in self._remaining or [0]]
+        with suppress(KafkaException):
+            committed = self._consumer.committed(partitions, timeout=ASK_SECONDS)
+            if any(part.error for part in committed):
+                return
+            self._worker.all_is_well()
+            if self._remaining is not None:
+                done = [part.partition for part in committed if part.offset >= self._remaining[part.partition]]
+                self._remaining = {part: end for part, end in self._remaining.items() if part not in done}
+        if self._remaining == {}:
+            raise StopIteration
+
+    def _stop(self) -> NoReturn:
+        """Commit what was produced, and end; a rebalance that is under way has to end before that.
+
+        Raises:
+            StopIteration: the stream is over.
+            RunError: what is not committed will be produced once more.
+        """
+        limit = time.monotonic() + STOP_LIMIT
+        while not self._worker.commit():
+            if self._worker.settings.exactly_once:  # it is aborted, and whoever reads on does it again
+                break
+            if time.monotonic() > limit:
+                raise RunError("stopped while Kafka was away: the next start repeats what was not committed")
+            self._consumer.poll(0.1)
+        raise StopIteration
+
+
+def remaining(consumer: Consumer, topic: str) -> dict[int, int]:
+    """Find what the group has not done yet.
+
+    Args:
+        consumer: with the group's id.
+        topic: to be read.
+
+    Returns:
+        by partition that has records which the group has not committed: the offset after its last record now.
+    """
+    found = {}
+    for part in committed_offsets(
+        consumer, topic, consumer.list_topics(topic, CONNECT_SECONDS).topics[topic].partitions
+    ):
+        low, end = consumer.get_watermark_offsets(part, timeout=CONNECT_SECONDS)
+        if max(part.offset, low if part.offset < 0 else 0) < end:
+            found[part.partition] = end
+    return found
+
+
+class KafkaOutput(StatelessSinkPartition[Enriched]):
+    """What one worker writes."""
+
+    def __init__(self, worker: Worker, brokers: str, topic: str) -> None:
+        """Connect a producer, and begin its first transaction where there are any."""
+        self._worker, self._topic = worker, topic
+        properties = producer_properties(worker.settings, brokers, worker.name)
+        worker.connect_producer = lambda: Producer({**properties, "error_cb": worker.complain}, logger=LIBRDKAFKA_LOG)
+        worker.producer = worker.connect_producer()
+        worker.begin_transactions()
+
+    def write_batch(self, items: list[Enriched]) -> None:
+        """Produce records, each with the key, the headers and the timestamp of what came in."""
+        worker, topic = self._worker, self._topic
+        produce, produced, pending, undelivered = (
+            worker.producer.produce,
+            worker.produced,
+            worker.pending,
+            worker.undelivered,
+        )
+        worker.under_way -= len(items)
+        try:
+            for record, (value, result) in items:
+                report = functools.partial(undelivered, record)
+                _, milliseconds = record.timestamp()
+                while True:
+                    try:
+                        produce(
+                            topic,
+                            value,
+                            record.key(),
+                            on_delivery=report,
+                            timestamp=milliseconds,
+                            headers=record.headers(),
+                        )
+                        break
+                    except BufferError:  # the queue is full: wait for the brokers
+                        worker.producer.poll(0.1)
+                produced[record.partition() or 0] = (record.offset() or 0) + 1
+                pending[result] += 1
+            worker.producer.poll(0)
+        except KafkaException as error:  # the transaction has failed already, and all of it is done again
+            worker.undelivered(record, error.args[0], record)
+
+
+LIBRDKAFKA_LOG = logging.getLogger("kafka_enrich.librdkafka")  # some twenty lines a second while a broker is away
+
+
+def consumer_properties(settings: "Settings", brokers: str) -> dict[str, Any]:
+    """Choose the properties of a consumer; librdkafka's CONFIGURATION.md says what they mean."""
+    chosen = {**settings.kafka_client, **settings.kafka_consumer}
+    classic = {
+        "partition.assignment.strategy": "cooperative-sticky",
+        "session.timeout.ms": 10_000,  # how long the partitions of a killed copy rest
+    }
+    return {
+        **(classic if chosen.get("group.protocol", "classic") == "classic" else {}),
+        "topic.metadata.refresh.interval.ms": 10_000,  # how long new partitions are not seen
+        **chosen,
+        "bootstrap.servers": brokers,
+        "group.id": settings.group,
+        "auto.offset.reset": "earliest",  # start_from_now does what latest is for
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "enable.partition.eof": True,
+        "isolation.level": "read_committed",  # with another one the offsets of an open transaction would count, too
+    }
+
+
+def producer_properties(settings: "Settings", brokers: str, name: str) -> dict[str, Any]:
+    """Choose the properties of a producer: transactions have a limit of time, what is sent at least once has none."""
+    guarantee: dict[str, Any] = {"message.timeout.ms": 0}
+    if settings.exactly_once:
+        guarantee = {
+            "transactional.id": f"{settings.group}-{name}",
+            "transaction.timeout.ms": TRANSACTION_SECONDS * 1000,
+        }
+    return {
+        "message.max.bytes": 1_000_000_000,  # the topic's own limit decides
+        "queue.buffering.max.kbytes": 262_144,  # what waits in memory for brokers
+        **settings.kafka_client,
+        **settings.kafka_producer,
+        "bootstrap.servers": brokers,
+        "delivery.report.only.error": True,
+        "enable.idempotence": True,
+        "partitioner": "murmur2_random",  # as Java has it
+        **guarantee,
+    }
+
+
+# --- Settings: the environment, checked -------------------------------------------------------------------------
 
 
 class SettingsError(Exception):
     """A setting cannot be used; the message names it."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the environment asks for, in values that can be used together."""
+Brokers = Annotated[
+    str,
+    Meta(
+        pattern=r"^\s*([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}\s*(,\s*([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}\s*)*$",
+        description="host:port, comma separated",
+    ),
+]
+Topic = Annotated[
+    str,
+    Meta(pattern=r"^(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}$", description="a topic's name (1 to 249 of A-Z a-z 0-9 . _ -)"),
+]
+Text = Annotated[str, Meta(pattern=r"^[!-~]+$", description="visible characters")]
+Workers = Annotated[int, Meta(ge=1, le=64, description="a whole number from 1 to 64")]
 
-    brokers: list[str]
-    input_topic: str
-    output_topic: str
-    tail: bool
-    recovery_dir: str | None
-    epoch_seconds: float
-    consumer: dict[str, str] = field(repr=False)
-    producer: dict[str, str] = field(repr=False)
-    admin: dict[str, str | bool] = field(repr=False)
-    geoip_database: str | None
-    ipapi_url: str
-    ipapi_key: str | None = field(repr=False)
-    on_lookup_failed: str
-    cache_size: int
-    log_level: str
-    metrics_port: int | None
-    addresses: list[str]
-    process_id: int | None  # None: all the processes are started here
-    workers_per_process: int
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="upper"):
+    """What the environment asks for: each field is the variable of that name."""
+
+    kafka_brokers: Brokers = "localhost:9092"
+    kafka_input_topic: Topic = "ip_address_by_country"
+    kafka_output_topic: Topic = "ip_address_by_location"
+    kafka_group_id: Annotated[str, Meta(pattern=r"^[!-~]{1,200}$", description="a consumer group's name")] = ""
+    kafka_tail: Annotated[bool, Meta(description="0 or 1")] = False
+    delivery_guarantee: Annotated[
+        Literal["at_least_once", "exactly_once"], Meta(description="at_least_once or exactly_once")
+    ] = "at_least_once"
+    commit_seconds: Annotated[float, Meta(ge=0.05, le=60, description="a number from 0.05 to 60")] = 0
+    geoip_database: Annotated[str, Meta(min_length=1, description="the path of an .mmdb file")] = ""
+    ipapi_url: Annotated[
+        str,
+        Meta(pattern=r"^https?://[A-Za-z0-9._~:/%\[\]-]+$", description="http(s)://host[:port][/path], without a key"),
+    ] = "https://ipapi.co"
+    ipapi_key: Text = ""
+    on_lookup_failed: Annotated[Literal["mark", "stop"], Meta(description="mark or stop")] = "mark"
+    cache_size: Annotated[int, Meta(ge=0, le=10_000_000, description="a whole number from 0 to 10000000")] = 100_000
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"], Meta(description="DEBUG, INFO, WARNING or ERROR")
+    ] = "INFO"
+    metrics_port: Annotated[int, Meta(ge=1, le=65_535, description="a port from 1 to 65535")] = 0
+    processes: Workers = 1
+    bytewax_workers_per_process: Workers = 1
+    kafka_client: dict[str, str] = {}
+    kafka_consumer: dict[str, str] = {}
+    kafka_producer: dict[str, str] = {}
+    instance: int = 0  # of several processes on this machine
 
     @property
-    def workers(self) -> int:
-        """How many workers the whole cluster has."""
-        return len(self.addresses) * self.workers_per_process
+    def group(self) -> str:
+        """The consumer group: who shares the work, and where it stands."""
+        return self.kafka_group_id or f"{self.kafka_input_topic}-to-{self.kafka_output_topic}"
 
     @property
-    def recovery_name(self) -> str:
-        """Where the recovery state is: another number of workers could not use it, and would do nothing or all."""
-        return f"{self.input_topic}-to-{self.output_topic}-{self.workers}-workers"
+    def exactly_once(self) -> bool:
+        """Whether records and offsets are written in transactions."""
+        return self.delivery_guarantee == "exactly_once"
+
+    @property
+    def seconds_between_commits(self) -> float:
+        """How often a worker commits; until then readers of committed records wait, so transactions are short."""
+        return self.commit_seconds or (0.1 if self.exactly_once else 1)
+
+    def __repr__(self) -> str:
+        """Show what was set, and of secrets nothing: of properties only the names."""
+        shown = []
+        for name, default in zip(self.__struct_fields__, self.__struct_defaults__, strict=True):
+            value = getattr(self, name)
+            if value and value != default:
+                hidden = " ".join(value) if isinstance(value, dict) else "(set)"
+                shown.append(f"{name.upper()}={hidden if isinstance(value, dict) or name in SECRET else value}")
+        return ", ".join(shown) or "all settings have their defaults"
 
 
-NAMES = """
-    BYTEWAX_ADDRESSES BYTEWAX_HOSTFILE_PATH BYTEWAX_POD_NAME BYTEWAX_PROCESS_ID BYTEWAX_STATEFULSET_NAME
-    BYTEWAX_WORKERS_PER_PROCESS CACHE_SIZE EPOCH_SECONDS GEOIP_DATABASE IPAPI_KEY IPAPI_URL KAFKA_BROKERS
-    KAFKA_INPUT_TOPIC KAFKA_OUTPUT_TOPIC KAFKA_TAIL LOG_LEVEL METRICS_PORT ON_LOOKUP_FAILED PROCESSES RECOVERY_DIR
-""".split()
-PREFIXES = ("KAFKA_CLIENT_", "KAFKA_CONSUMER_", "KAFKA_PRODUCER_")
+SECRET = ("ipapi_key",)
+NAMES = {
+    name.upper(): name
+    for name in Settings.__struct_fields__
+    if not name.endswith(("client", "consumer", "producer", "instance"))
+}
+PROPERTIES = {"KAFKA_CLIENT_": "kafka_client", "KAFKA_CONSUMER_": "kafka_consumer", "KAFKA_PRODUCER_": "kafka_producer"}
+FORMER = {
+    "BYTEWAX_ADDRESSES": "each copy of the script is a member of the consumer group",
+    "BYTEWAX_HOSTFILE_PATH": "each copy of the script is a member of the consumer group",
+    "BYTEWAX_PROCESS_ID": "each copy of the script is a member of the consumer group",
+    "EPOCH_SECONDS": "COMMIT_SECONDS has taken its place",
+    "RECOVERY_DIR": "the consumer group keeps the place",
+}
+# Properties that carry the guarantee, and what to use instead.
+GUARDED = {
+    "acks": "DELIVERY_GUARANTEE",
+    "bootstrap.servers": "KAFKA_BROKERS",
+    "delivery.report.only.error": "DELIVERY_GUARANTEE",
+    "enable.auto.commit": "COMMIT_SECONDS",
+    "enable.auto.offset.store": "COMMIT_SECONDS",
+    "enable.idempotence": "DELIVERY_GUARANTEE",
+    "enable.partition.eof": "KAFKA_TAIL",
+    "group.id": "KAFKA_GROUP_ID",
+    "isolation.level": "DELIVERY_GUARANTEE",
+    "metadata.broker.list": "KAFKA_BROKERS",
+    "partitioner": "the record's key",
+    "request.required.acks": "DELIVERY_GUARANTEE",
+    "transactional.id": "DELIVERY_GUARANTEE",
+}
 
 
 def with_settings_file(env: Mapping[str, str], path: Path) -> dict[str, str]:
-    """Add to the environment what a settings file says: who starts the script on an instance may set no variables.
+    """Add to the environment what a settings file says, of which the environment has the last word.
 
     Args:
-        env: wins where both name a setting.
-        path: a file of NAME=value lines, with quotes and comments as in a shell, but nothing is expanded; it need not
-            be there.
+        env: such as os.environ.
+        path: a file of NAME=value lines; it need not be there.
 
     Returns:
         both.
@@ -187,397 +784,176 @@ def with_settings_file(env: Mapping[str, str], path: Path) -> dict[str, str]:
     """
     if not path.exists():
         return dict(env)
-    found = {}
     try:
-        with path.open(encoding="utf-8") as file:
-            bindings = list(parse_stream(file))
+        found = dotenv_values(path, interpolate=False)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from None
-    for name, value, original, damaged in bindings:
-        if name is None and not damaged:  # a comment, or nothing
-            continue
-        before = original.string[: len(original.string) - len(original.string.lstrip())]
-        where = f"{path}, line {original.line + before.count(chr(10))}"
-        if name is None or value is None:
-            raise SettingsError(f"{where}: this is not NAME=value")
-        if name not in NAMES and not name.startswith(PREFIXES):
-            raise SettingsError(f"{where}: there is no setting {name}")
-        found[name] = value
-    return {**found, **env}
+    for name, value in found.items():
+        if value is None or not (name in NAMES or name in FORMER or name.startswith(tuple(PROPERTIES))):
+            raise SettingsError(f"{path}: {name!r} is no setting with a value")
+    return {**{name: value for name, value in found.items() if value is not None}, **env}
 
 
 def read_settings(env: Mapping[str, str]) -> Settings:
     """Read the settings from a mapping such as os.environ.
 
     Args:
-        env: values by name; a name that is absent takes its default, an empty value is refused.
+        env: values by name; a name that is absent takes its default.
 
     Returns:
         the settings.
 
     Raises:
-        SettingsError: one of them cannot be used.
+        SettingsError: some of them cannot be used; the message has a line for each.
     """
-    tail = choice(env, "KAFKA_TAIL", "0", "1") == "1"
-    consumer, producer, admin = read_client_properties(env)
-    recovery_dir = env.get("RECOVERY_DIR")
-    if recovery_dir is not None and not (tail and recovery_dir.strip()):
-        raise SettingsError(f"RECOVERY_DIR={recovery_dir!r} is for KAFKA_TAIL=1, and the path of a folder")
-    if tail and recovery_dir is None and admin:
-        raise SettingsError(
-            "KAFKA_TAIL=1 needs RECOVERY_DIR with KAFKA_CLIENT_SECURITY_PROTOCOL: the engine keeps its recovery state "
-            "in Kafka over plaintext only"
+    values: dict[str, Any] = {}
+    wrong = []
+    hints = get_type_hints(Settings, include_extras=True)
+    for name, field in NAMES.items():
+        if name in env:
+            try:
+                values[field] = msgspec.convert(env[name], hints[field], strict=False)
+            except msgspec.ValidationError:
+                # What does not look like a URL may hold a password, too.
+                shown = name if field in (*SECRET, "ipapi_url") else f"{name}={env[name]!r}"
+                wrong.append(f"{shown} is not {hints[field].__metadata__[0].description}")
+    for prefix, field in PROPERTIES.items():
+        names = {name: name[len(prefix) :].lower().replace("_", ".") for name in env if name.startswith(prefix)}
+        wrong += [
+            f"{name} would break the guarantee; {GUARDED[its]} decides that"
+            for name, its in names.items()
+            if its in GUARDED
+        ]
+        values[field] = {its: env[name] for name, its in names.items()}
+    settings = Settings(**values)
+    if settings.kafka_input_topic == settings.kafka_output_topic:
+        wrong.append(f"KAFKA_OUTPUT_TOPIC={settings.kafka_output_topic!r} is the input topic too")
+    if settings.metrics_port + settings.processes > 65_536:
+        wrong.append(
+            f"METRICS_PORT={settings.metrics_port} is too high for the ports of {settings.processes} processes"
         )
-    input_topic = topic_name(env, "KAFKA_INPUT_TOPIC", "ip_address_by_country")
-    output_topic = topic_name(env, "KAFKA_OUTPUT_TOPIC", "ip_address_by_location")
-    if input_topic == output_topic:
-        raise SettingsError(f"KAFKA_OUTPUT_TOPIC={output_topic!r} is the input topic too; choose another one")
-    addresses, process_id, workers_per_process = read_cluster(env)
-    return Settings(
-        brokers=host_ports("KAFKA_BROKERS", env.get("KAFKA_BROKERS", "localhost:9092").split(",")),
-        input_topic=input_topic,
-        output_topic=output_topic,
-        tail=tail,
-        recovery_dir=recovery_dir,
-        epoch_seconds=read_epoch_seconds(env, len(addresses) * workers_per_process > 1),
-        consumer=consumer,
-        producer=producer,
-        admin=admin,
-        geoip_database=env.get("GEOIP_DATABASE"),
-        ipapi_url=read_ipapi_url(env.get("IPAPI_URL", "https://ipapi.co")),
-        ipapi_key=read_ipapi_key(env.get("IPAPI_KEY")),
-        on_lookup_failed=choice(env, "ON_LOOKUP_FAILED", "mark", "stop"),
-        cache_size=whole_number(env, "CACHE_SIZE", "100000", 0, 10_000_000),
-        log_level=choice(env, "LOG_LEVEL", "INFO", "DEBUG", "WARNING", "ERROR"),
-        metrics_port=read_metrics_port(env, len(addresses), process_id or 0),
-        addresses=addresses,
-        process_id=process_id,
-        workers_per_process=workers_per_process,
-    )
+    if wrong:
+        raise SettingsError("\n".join(wrong))
+    return settings
 
 
-def choice(env: Mapping[str, str], name: str, default: str, *others: str) -> str:
-    """Read one of several words."""
-    value = env.get(name, default)
-    if value not in (default, *others):
-        raise SettingsError(f"{name}={value!r} is not one of {', '.join((default, *others))}")
-    return value
+def doubtful_names(env: Mapping[str, str]) -> list[str]:
+    """Find variables that look like a misspelt setting, or that were one, and say what to do."""
+    lines = [f"{name} is ignored: {why}" for name, why in FORMER.items() if name in env]
+    for name in sorted(env.keys() - NAMES.keys() - FORMER.keys()):
+        similar = [] if name.startswith(tuple(PROPERTIES)) else difflib.get_close_matches(name, NAMES, 1, 0.85)
+        lines += [f"{name} is no setting; is {similar[0]} meant?" for _ in similar]
+    return lines
 
 
-def topic_name(env: Mapping[str, str], name: str, default: str) -> str:
-    """Read the name of a topic; Kafka's own rule, org.apache.kafka.common.internals.Topic."""
-    value = env.get(name, default)
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,249}", value) or value in (".", ".."):
-        raise SettingsError(f"{name}={value!r} is not a topic's name (1 to 249 of A-Z a-z 0-9 . _ -)")
-    return value
-
-
-def whole_number(env: Mapping[str, str], name: str, default: str, low: int, high: int) -> int:
-    """Read a whole number from low to high."""
-    value = env.get(name, default)
-    if not re.fullmatch(r"[0-9]{1,9}", value) or not low <= int(value) <= high:
-        raise SettingsError(f"{name}={value!r} is not a whole number from {low} to {high}")
-    return int(value)
-
-
-def read_epoch_seconds(env: Mapping[str, str], several_workers: bool) -> float:
-    """Read the length of an epoch.
-
-    One costs about 18 ms, so that below 0.1 s the dataflow does little else. Each of several workers ends its epochs by
-    a clock of its own, and reads only while no other one is an epoch behind it (bytewax 0.15.1,
-    src/execution/epoch/periodic_epoch.rs). One worker that is held up for longer than an epoch, by a start or a slow
-    look-up, would make the others read nothing from then on; so several have longer epochs.
-    """
-    default, low = ("10", 5) if several_workers else ("1", 0.1)
-    value = env.get("EPOCH_SECONDS", default)
-    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,3})?", value) or not low <= float(value) <= 3600:
-        workers = "several workers" if several_workers else "one worker"
-        raise SettingsError(f"EPOCH_SECONDS={value!r} is not a number from {low} to 3600, as {workers} can have it")
-    return float(value)
-
-
-def read_metrics_port(env: Mapping[str, str], processes: int, process_id: int) -> int | None:
-    """Read the port of this process: those of a cluster on one host need one each, but a pod is a host of its own."""
-    if "METRICS_PORT" not in env:
-        return None
-    port = whole_number(env, "METRICS_PORT", "", 1, 65_535)
-    if "BYTEWAX_POD_NAME" in env:
-        return port
-    if port + processes - 1 > 65_535:
-        raise SettingsError(f"METRICS_PORT={port} is too high: {processes} processes have as many ports from there on")
-    return port + process_id
-
-
-def host_ports(name: str, values: list[str]) -> list[str]:
-    """Check that each value is host:port, with an IPv6 address in brackets."""
-    for value in values:
-        match = re.fullmatch(r"\s*(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})\s*", value)
-        if not match or not 1 <= int(match[1]) <= 65535:
-            raise SettingsError(f"{name}: {value!r} is not host:port")
-    return [value.strip() for value in values]
-
-
-def read_ipapi_url(value: str) -> str:
-    """Read the HTTP API's base; a password in it would end up in the log, so it is refused and not shown."""
-    try:
-        url = urlsplit(value)
-        usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
-    except ValueError:
-        usable = False
-    if "@" in value:
-        raise SettingsError("IPAPI_URL holds a user name or a password; the API takes its key from IPAPI_KEY")
-    if "?" in value or "#" in value:
-        raise SettingsError("IPAPI_URL holds a query; the API takes its key from IPAPI_KEY")
-    if not usable or not re.fullmatch(r"[!-~]+", value):
-        raise SettingsError(f"IPAPI_URL={value!r} is not http://host[:port][/path] or https://…")
-    return value.rstrip("/")
-
-
-def read_ipapi_key(value: str | None) -> str | None:
-    """Read the HTTP API's key; a wrong one is not shown."""
-    if value is not None and not re.fullmatch(r"[!-~]+", value):
-        raise SettingsError("IPAPI_KEY is empty or holds characters that no key has; unset it to go without")
-    return value
-
-
-# librdkafka's properties (its CONFIGURATION.md, version 1.8.2, which is inside the engine) that can be chosen.
-CLIENT_PROPERTIES = """
-    api.version.fallback.ms api.version.request api.version.request.timeout.ms broker.address.family broker.address.ttl
-    broker.version.fallback client.id client.rack connections.max.idle.ms debug enable.ssl.certificate.verification
-    log.connection.close max.in.flight message.copy.max.bytes metadata.max.age.ms receive.message.max.bytes
-    reconnect.backoff.max.ms reconnect.backoff.ms request.timeout.ms sasl.mechanism sasl.password sasl.username
-    security.protocol socket.keepalive.enable socket.max.fails socket.nagle.disable socket.receive.buffer.bytes
-    socket.send.buffer.bytes socket.timeout.ms ssl.ca.location ssl.certificate.location ssl.cipher.suites
-    ssl.crl.location ssl.curves.list ssl.endpoint.identification.algorithm ssl.key.location ssl.key.password
-    ssl.sigalgs.list topic.metadata.refresh.interval.ms topic.metadata.refresh.sparse
-""".split()
-CONSUMER_PROPERTIES = """
-    check.crcs fetch.error.backoff.ms fetch.max.bytes fetch.message.max.bytes fetch.min.bytes fetch.wait.max.ms group.id
-    isolation.level max.partition.fetch.bytes queued.max.messages.kbytes queued.min.messages
-""".split()
-PRODUCER_PROPERTIES = """
-    batch.num.messages batch.size compression.codec compression.level compression.type linger.ms
-    queue.buffering.backpressure.threshold queue.buffering.max.kbytes queue.buffering.max.messages
-    queue.buffering.max.ms retry.backoff.ms sticky.partitioning.linger.ms
-""".split()
-
-CONSUMER = {
-    # Where records expire before they are read, go on with those that are left: the default skips them all.
-    "auto.offset.reset": "earliest",
-}
-PRODUCER = {
-    # A record that the broker refuses has to stop the dataflow: the default drops it without a word.
-    "acks": "all",
-    "enable.idempotence": "true",
-    "enable.gapless.guarantee": "true",
-    "message.timeout.ms": "0",
-    # Which record is too large is for the broker to say; above this setting the engine would panic.
-    "message.max.bytes": "1000000000",
-    # A full queue is a panic as well.
-    "queue.buffering.max.messages": "1000000",
-    # As Java and kafka-python choose partitions: a key has the same one in two topics of the same size.
-    "partitioner": "murmur2_random",
-}
-# What the checks before the start need to know, in the words of kafka-python.
-ADMIN_PROPERTIES = {
-    "security.protocol": "security_protocol",
-    "sasl.mechanism": "sasl_mechanism",
-    "sasl.username": "sasl_plain_username",
-    "sasl.password": "sasl_plain_password",
-    "ssl.ca.location": "ssl_cafile",
-    "ssl.certificate.location": "ssl_certfile",
-    "ssl.key.location": "ssl_keyfile",
-    "ssl.key.password": "ssl_password",
-}
-
-
-def read_client_properties(env: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str], dict[str, str | bool]]:
-    """Read KAFKA_CLIENT_*, KAFKA_CONSUMER_* and KAFKA_PRODUCER_*: KAFKA_CLIENT_SASL_MECHANISM is sasl.mechanism.
-
-    Args:
-        env: where they are.
-
-    Returns:
-        librdkafka's properties for the input and for the output, and kafka-python's for the checks, which are empty
-        for brokers that ask for no security.
-
-    Raises:
-        SettingsError: there is no such property, or choosing it could lose records; values are not shown.
-    """
-    client, consumer, producer = (
-        chosen_properties(env, prefix, allowed)
-        for prefix, allowed in zip(PREFIXES, (CLIENT_PROPERTIES, CONSUMER_PROPERTIES, PRODUCER_PROPERTIES), strict=True)
-    )
-    protocol = client.get("security.protocol", "PLAINTEXT").upper()
-    if protocol not in ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"):
-        raise SettingsError(f"KAFKA_CLIENT_SECURITY_PROTOCOL={protocol!r} is not SSL, SASL_SSL or SASL_PLAINTEXT")
-    for kind, has in (("sasl", protocol.startswith("SASL")), ("ssl", protocol.endswith("SSL"))):
-        if not has and any(name.startswith(f"{kind}.") for name in client):
-            raise SettingsError(f"KAFKA_CLIENT_{kind.upper()}_* needs KAFKA_CLIENT_SECURITY_PROTOCOL, not {protocol}")
-    mechanism = client.get("sasl.mechanism", "")
-    if protocol.startswith("SASL") and mechanism not in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"):
-        raise SettingsError(f"KAFKA_CLIENT_SASL_MECHANISM={mechanism!r} is not PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512")
-    admin: dict[str, str | bool] = {}
-    if protocol != "PLAINTEXT":
-        client.setdefault("ssl.endpoint.identification.algorithm", "https")  # librdkafka 1.8.2 trusts any host
-        admin = {ADMIN_PROPERTIES[name]: value for name, value in client.items() if name in ADMIN_PROPERTIES}
-        admin["security_protocol"] = protocol
-        admin["ssl_check_hostname"] = client["ssl.endpoint.identification.algorithm"] == "https"
-    return {**client, **consumer, **CONSUMER}, {**PRODUCER, **client, **producer}, admin
-
-
-def chosen_properties(env: Mapping[str, str], prefix: str, allowed: list[str]) -> dict[str, str]:
-    """Read the properties of one prefix; their values are never shown, one may be a password in the wrong place."""
-    properties = {name: name[len(prefix) :].lower().replace("_", ".") for name in env if name.startswith(prefix)}
-    for name, librdkafka_name in properties.items():
-        if librdkafka_name not in allowed:
-            raise SettingsError(
-                f"{name}: {librdkafka_name} is no property of librdkafka 1.8.2, or not one to be chosen here "
-                "(it belongs to another prefix, or other values of it could lose records)"
-            )
-    return {librdkafka_name: env[name] for name, librdkafka_name in properties.items()}
-
-
-def read_cluster(env: Mapping[str, str]) -> tuple[list[str], int | None, int]:
-    """Read PROCESSES, or the BYTEWAX_* variables as bytewax.parse.proc_env does.
-
-    Args:
-        env: where nothing in it tells of a cluster, this is the only process.
-
-    Returns:
-        the addresses of all processes, with port 0 where they are still to be chosen; the index of this one among them,
-        None where all of them are to be started here; and the number of worker threads of each.
-
-    Raises:
-        SettingsError: one is missing, contradicts another or cannot be read.
-    """
-    if "PROCESSES" in env:
-        processes = whole_number(env, "PROCESSES", "1", 1, 100)
-        if others := [name for name in NAMES if name.startswith("BYTEWAX_") and name in env]:
-            raise SettingsError(f"PROCESSES={processes} starts all processes here; with it {others[0]} cannot be set")
-        if processes > 1:
-            return ["localhost:0"] * processes, None, 1
-    workers = whole_number(env, "BYTEWAX_WORKERS_PER_PROCESS", "1", 1, 1000)
-    where = [name for name in ("BYTEWAX_ADDRESSES", "BYTEWAX_HOSTFILE_PATH") if name in env]
-    which = [name for name in ("BYTEWAX_PROCESS_ID", "BYTEWAX_POD_NAME") if name in env]
-    if not where and not which:
-        return ["localhost:2101"], 0, workers
-    if len(where) != 1 or len(which) != 1:
-        raise SettingsError(
-            f"{' and '.join(where + which)} set: a process of a cluster needs either BYTEWAX_ADDRESSES or "
-            "BYTEWAX_HOSTFILE_PATH, and either BYTEWAX_PROCESS_ID or BYTEWAX_POD_NAME"
-        )
-    try:
-        cluster = proc_env({**env, "BYTEWAX_WORKERS_PER_PROCESS": str(workers)})
-    except KeyError:
-        raise SettingsError("BYTEWAX_STATEFULSET_NAME is not set, and BYTEWAX_POD_NAME is") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"BYTEWAX_HOSTFILE_PATH={env[where[0]]!r} cannot be read: {error}") from None
-    except ValueError:
-        raise SettingsError(f"{which[0]}={env[which[0]]!r} holds no number of a process") from None
-    addresses, process_id = host_ports(where[0], cluster["addresses"]), cluster["proc_id"]
-    if len(set(addresses)) < len(addresses):
-        raise SettingsError(f"{where[0]}={env[where[0]]!r} names an address twice")
-    if not 0 <= process_id < len(addresses):
-        raise SettingsError(f"{which[0]}={env[which[0]]!r}: {where[0]} has processes 0 to {len(addresses) - 1} only")
-    return addresses, process_id, workers
-
-
-# --- Locators: an address in, a Location out or one of the errors of the record contract ----------------------
+# --- Addresses --------------------------------------------------------------------------------------------------
 
 
 class NotLocated(Exception):
-    """An address has no location; `error` is what its record says instead."""
+    """An address has no location; the class says why, as records name it."""
 
-    error: str
+    result = ""
 
 
 class InvalidIp(NotLocated):
-    """Not an IPv4 or IPv6 address."""
+    """It is no address."""
 
-    error = "invalid_ip"
+    result = "invalid_ip"
 
 
 class ReservedIp(NotLocated):
-    """An address that nobody has on the public Internet."""
+    """It is nobody's on the public Internet."""
 
-    error = "reserved_ip"
+    result = "reserved_ip"
 
 
 class NotFound(NotLocated):
-    """The source does not know where the address is."""
+    """The source does not know it."""
 
-    error = "not_found"
+    result = "not_found"
 
 
 class LookupFailed(NotLocated):
-    """The source could not be asked; another time it may know."""
+    """The source did not answer; it may the next time, so that this is never remembered."""
 
-    error = "lookup_failed"
-
-
-class Location(TypedDict):
-    """Where an address is, in English; None where the source does not know. Output records have it as it is here."""
-
-    city: str | None
-    region: str | None
-    country_name: str | None
+    result = "lookup_failed"
 
 
-Locator = Callable[[str], Location]
+# IANA's special-purpose registries (iana-ipv4-special-registry, iana-ipv6-special-registry) as of April 2025: blocks
+# that are not globally reachable, and blocks in these that are. Of IPv6 only 2000::/3 is in use at all.
+RESERVED = """
+    0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.168.0.0/16
+    198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3 ::/3 2001::/23 2001:db8::/32 3fff::/20 4000::/2 8000::/1
+"""
+REACHABLE = """
+    192.0.0.9/32 192.0.0.10/32 2001:1::1/128 2001:1::2/128 2001:1::3/128 2001:3::/32 2001:4:112::/48 2001:20::/28
+    2001:30::/28
+"""
+# Where an IPv4 address stands in an IPv6 address: mapped (RFC 4291), NAT64 (RFC 6052), 6to4 (RFC 3056).
+EMBEDDED = ((bytes(10) + b"\xff\xff", 12), (bytes.fromhex("0064ff9b") + bytes(8), 12), (bytes.fromhex("2002"), 2))
 LONGEST_ADDRESS = 64  # characters: 45 of an IPv6 address at most, and the name of a zone
+
+
+def bounds(version: Literal[4, 6]) -> tuple[list[int], list[int]]:
+    """Find where the reserved blocks of an IP version begin and end."""
+    networks: list[Any] = [ipaddress.ip_network(text) for text in RESERVED.split() if (":" in text) == (version == 6)]
+    for hole in [ipaddress.ip_network(text) for text in REACHABLE.split() if (":" in text) == (version == 6)]:
+        for network in [network for network in networks if network.overlaps(hole)]:
+            networks.remove(network)
+            networks += network.address_exclude(hole)
+    networks.sort()
+    return [int(network[0]) for network in networks], [int(network[-1]) for network in networks]
+
+
+BOUNDS = {4: bounds(4), 16: bounds(6)}  # by the number of bytes of an address
 
 
 def public_address(text: str) -> str:
     """Bring an address into the one form in which every source is asked.
 
     Args:
-        text: an IPv4 or IPv6 address. One that wraps an IPv4 address (::ffff:8.8.8.8) counts as that, and a zone
-            (fe80::1%eth0) does not count: it says where a packet leaves, not where the address is.
+        text: an IPv4 or IPv6 address. An IPv4 address inside an IPv6 address counts as that, and a zone (fe80::1%eth0)
+            does not count: it says where a packet leaves, not where the address is.
 
     Returns:
-        the address in its shortest form.
+        the address, IPv6 in its shortest form.
 
     Raises:
-        InvalidIp: the text is no address. Host names, ports and short forms such as 8.8 are none, although the
-            C reader of maxminddb would take the last (and 010.8.8.8, and 134744072) for one.
-        ReservedIp: the address is private, loopback, link-local, for documentation, multicast or the like, by the
-            IANA registries as Python's ipaddress has them.
+        InvalidIp: the text is no address; short forms such as 8.8, which maxminddb would take, are none either.
+        ReservedIp: the address is nobody's on the public Internet.
     """
-    if len(text) > LONGEST_ADDRESS:
-        raise InvalidIp
     try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        raise InvalidIp from None
-    if isinstance(address, ipaddress.IPv6Address):
-        address = address.ipv4_mapped or ipaddress.IPv6Address(int(address))
-    if not address.is_global or address.is_multicast or address.is_reserved or getattr(address, "is_site_local", False):
-        raise ReservedIp
-    return str(address)
-
-
-# Where IANA's special-purpose blocks of IPv4 are: by the first byte of an address, or by the first two.
-SPECIAL_BYTES = frozenset({0, 10, 100, 127, 169, 172, 192, 198, 203, *range(224, 256)})
-PUBLIC_PAIRS = frozenset(
-    bytes((first, second)) for first in (100, 169, 172, 192, 198, 203) for second in range(256)
-) - frozenset(
-    [
-        *(bytes((100, second)) for second in range(64, 128)),
-        *(bytes((172, second)) for second in range(16, 32)),
-        *(bytes((192, second)) for second in (0, 31, 52, 88, 168, 175)),
-        *(bytes(pair) for pair in ((169, 254), (198, 18), (198, 19), (198, 51), (203, 0))),
-    ]
-)
-
-
-def is_plainly_public(text: str) -> bool:
-    """Tell nearly all public IPv4 addresses from others, for a fraction of what public_address takes."""
-    try:
-        address = socket.inet_pton(socket.AF_INET, text)
+        packed = socket.inet_pton(socket.AF_INET, text)
     except (OSError, ValueError):
-        return False
-    return address[0] not in SPECIAL_BYTES or address[:2] in PUBLIC_PAIRS
+        try:
+            packed = socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
+        except (OSError, ValueError):
+            raise InvalidIp from None
+        for prefix, start in EMBEDDED:
+            if packed.startswith(prefix):
+                packed = packed[start : start + 4]
+                break
+        text = socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+    firsts, lasts = BOUNDS[len(packed)]
+    number = int.from_bytes(packed, "big")
+    block = bisect.bisect_right(firsts, number) - 1
+    if block >= 0 and number <= lasts[block]:
+        raise ReservedIp
+    return text
+
+
+# --- Locations: where they come from ----------------------------------------------------------------------------
+
+
+class Location(TypedDict):
+    """Where an address is, in English; None where the source does not know."""
+
+    city: str | None
+    region: str | None
+    country_name: str | None
+
+
+Locate = Callable[[str], Location]  # of an address as public_address has it; raises NotLocated
 
 
 def name_in(field: object) -> str | None:
@@ -614,14 +990,21 @@ def location_in(record: object) -> Location:
     return {"city": city, "region": region, "country_name": country_name}
 
 
-def open_database(path: str) -> Locator:
+class Database(NamedTuple):
+    """A City database that is open."""
+
+    locate: Locate
+    built: float  # s since 1970
+
+
+def open_database(path: str) -> Database:
     """Open a City database and see that it holds cities, before the first record needs it.
 
     Args:
         path: an .mmdb file; it is mapped into memory, so processes on one machine share it.
 
     Returns:
-        a locator that reads the database.
+        the database.
 
     Raises:
         SettingsError: there is no such file, or it is no database, or has no cities.
@@ -639,17 +1022,25 @@ def open_database(path: str) -> Locator:
         raise SettingsError(f"GEOIP_DATABASE={path!r} holds no cities: it has to be a City database")
     log.info("locating with %s, %s of %s", path, metadata.database_type, built.date())
 
-    def locate(text: str) -> Location:
-        if not is_plainly_public(text):
-            text = public_address(text)
-            if metadata.ip_version == 4 and ":" in text:
-                raise NotFound
+    def locate(address: str) -> Location:
+        if metadata.ip_version == 4 and ":" in address:
+            raise NotFound
         try:
-            return location_in(reader.get(text))
+            return location_in(reader.get(address))
         except (ValueError, maxminddb.InvalidDatabaseError):  # the file is damaged at this record
-            raise LookupFailed from None
+            raise LookupFailed(f"{path} is damaged at {address}") from None
 
-    return locate
+    return Database(locate, built.timestamp())
+
+
+# --- Locations over HTTP ----------------------------------------------------------------------------------------
+
+LOOKUP_LIMIT = 4.0  # s for one address, retries included: a stop waits for it
+TRY_LIMIT = 1.5  # s without a byte
+LARGEST_REPLY = 65_536  # bytes; a location takes about 800
+FAILURES_IN_A_ROW = 5  # before the API is left alone
+PAUSE_SECONDS = 60.0
+LONGEST_PAUSE = 86_400.0  # s
 
 
 class Refused(LookupFailed):
@@ -661,19 +1052,83 @@ class Refused(LookupFailed):
         self.pause = pause
 
 
-class Reply(NamedTuple):
-    """What the API, or a proxy or a firewall in front of it, replied."""
+class HttpApi:
+    """The HTTP API of ipapi.co, asked for a bounded time and left alone when it asks for that."""
 
-    status: int
-    retry_after: str | None
-    body: bytes
+    def __init__(self, url: str, key: str) -> None:
+        """Remember whom to ask, and with which key; an empty one is none."""
+        self._url, self._params = url.rstrip("/"), {"key": key} if key else {}
+        self._session = requests.Session()
+        self._session.headers["User-Agent"] = f"kafka_enrich {requests.utils.default_user_agent()}"
+        again = Retry(2, backoff_factor=0.1, status_forcelist=(500, 502, 503, 504), raise_on_status=False)
+        again.respect_retry_after_header = False  # a pause is for all addresses, and not slept here
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=64, max_retries=again))
+        self._failures = 0  # in a row
+        self._paused_until = 0.0  # on the clock of time.monotonic
+
+    def locate(self, address: str) -> Location:
+        """Ask the API where an address is.
+
+        Args:
+            address: a public one.
+
+        Returns:
+            its location.
+
+        Raises:
+            NotLocated: what the API says of it, LookupFailed where it says nothing or is not asked.
+        """
+        if time.monotonic() < self._paused_until:
+            raise LookupFailed(f"{self._url} is left alone")
+        try:
+            location = location_in_reply(*within(LOOKUP_LIMIT, self._ask, address))
+        except (OSError, urllib3.exceptions.HTTPError, LookupFailed) as error:  # requests' errors are OSErrors
+            # Errors of requests are not shown as they are: they quote the URL, and it holds the key.
+            failure = error if isinstance(error, LookupFailed) else LookupFailed(cause_of(error))
+            self._note(failure)
+            raise failure from None
+        except NotLocated:
+            self._failures = 0
+            raise
+        self._failures = 0
+        return location
+
+    def _ask(self, address: str) -> tuple[int, str | None, bytes]:
+        """Fetch a reply of bounded size: its status, its Retry-After header, its body."""
+        with self._session.get(
+            f"{self._url}/{address}/json/", params=self._params, timeout=TRY_LIMIT, stream=True, allow_redirects=False
+        ) as response:
+            body = response.raw.read(LARGEST_REPLY + 1, decode_content=True)
+            return response.status_code, response.headers.get("Retry-After"), body[:LARGEST_REPLY]
+
+    def _note(self, failure: LookupFailed) -> None:
+        """Count a failure, and pause where it was a refusal or one too many; only the first of a pause is logged."""
+        self._failures += 1
+        wanted = failure.pause if isinstance(failure, Refused) else None
+        if (wanted is None and self._failures < FAILURES_IN_A_ROW and not isinstance(failure, Refused)) or (
+            time.monotonic() < self._paused_until
+        ):
+            return
+        pause = PAUSE_SECONDS if wanted is None else min(max(wanted, 1.0), LONGEST_PAUSE)
+        self._paused_until = time.monotonic() + pause
+        log.warning("%s: %s; left alone for %d s, records say lookup_failed meanwhile", self._url, failure, pause)
 
 
-def read_reply(reply: Reply) -> Location:
+def cause_of(error: BaseException) -> str:
+    """Say why a request failed, without the URL that requests puts into its errors."""
+    while error.__context__ is not None and not (isinstance(error, OSError) and error.errno):
+        error = error.__context__
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
+
+
+def location_in_reply(status: int, retry_after: str | None, body: bytes) -> Location:
     """Read a reply, its error before its fields: the API sends errors with status 200 too.
 
     Args:
-        reply: of any kind.
+        status: of HTTP.
+        retry_after: the header.
+        body: of any kind; it may come from a proxy in front of the API.
 
     Returns:
         the location.
@@ -682,24 +1137,23 @@ def read_reply(reply: Reply) -> Location:
         NotLocated: the kind that the reply says, LookupFailed for one that is no answer about the address.
     """
     try:
-        fields = orjson.loads(reply.body)
-    except orjson.JSONDecodeError:
+        fields = msgspec.json.decode(body)
+    except ValueError:
         fields = None
     if not isinstance(fields, dict):
         fields = {}
-    if reply.status == 200 and not fields.get("error") and fields.keys() >= Location.__required_keys__:
+    if status == 200 and not fields.get("error") and fields.keys() >= Location.__required_keys__:
         return location_in(fields)
     reason = str(fields.get("reason")).casefold()
     if reason == "reserved ip address":
         raise ReservedIp
     if reason == "invalid ip address":
         raise InvalidIp
-    if reply.status == 404 and "reason" in fields:  # any other page that is not there speaks of a wrong IPAPI_URL
+    if status == 404 and "reason" in fields:  # any other page that is not there speaks of a wrong IPAPI_URL
         raise NotFound
-    if reply.status in (401, 403, 429) or reason == "ratelimited":
-        why = "rate limited" if reason == "ratelimited" else f"HTTP {reply.status}"
-        raise Refused(why, seconds_in(reply.retry_after))
-    raise LookupFailed(f"HTTP {reply.status} without a location")
+    if status in (401, 403, 429) or reason == "ratelimited":
+        raise Refused("rate limited" if reason == "ratelimited" else f"HTTP {status}", seconds_in(retry_after))
+    raise LookupFailed(f"HTTP {status} without a location")
 
 
 def seconds_in(retry_after: str | None) -> float | None:
@@ -712,204 +1166,68 @@ def seconds_in(retry_after: str | None) -> float | None:
         return None
 
 
-LARGEST_REPLY = 65_536  # bytes; a location takes about 800
-
-
-class HttpApi:
-    """The HTTP API of ipapi.co, asked for a bounded time and left alone when it asks for that.
-
-    All worker threads share one, each with a session of its own.
-    """
-
-    TOTAL_SECONDS = 4.0  # for one address, retries included: a stop waits for it, and containers often give 10 s
-    TRY_SECONDS = 1.5
-    BACK_OFF_SECONDS = 0.2  # before the first retry, twice as long before each further one
-    FAILURES_IN_A_ROW = 5
-    PAUSE_SECONDS = 60.0
-    LONGEST_PAUSE_SECONDS = 86_400.0
-
-    def __init__(self, url: str, key: str | None) -> None:
-        """Remember whom to ask.
-
-        Args:
-            url: the API's base, http or https.
-            key: its key, or None to go without.
-        """
-        self._url = url
-        self._params = {"key": key} if key else {}
-        self._sessions: dict[int, Session] = {}  # by thread; see Tally
-        self._lock = threading.Lock()
-        self._failures = 0  # in a row
-        self._paused_until = 0.0  # on the clock of time.monotonic
-
-    def locate(self, text: str) -> Location:
-        """Ask the API where an address is.
-
-        Args:
-            text: the address; one that is not public is never sent.
-
-        Returns:
-            its location.
-
-        Raises:
-            NotLocated: what the API says of it, LookupFailed where it says nothing or is not asked.
-        """
-        address = public_address(text)
-        if time.monotonic() < self._paused_until:
-            raise LookupFailed
-        try:
-            location = self._ask(address)
-        except LookupFailed as failure:
-            self._note(failure)
-            raise
-        except NotLocated:
-            self._failures = 0
-            raise
-        self._failures = 0
-        return location
-
-    def _note(self, failure: LookupFailed) -> None:
-        """Count a failure, and pause where it was a refusal or one too many; only the first of a pause is logged."""
-        with self._lock:
-            self._failures += 1
-            enough = isinstance(failure, Refused) or self._failures >= self.FAILURES_IN_A_ROW
-            if not enough or time.monotonic() < self._paused_until:
-                return
-            wanted = failure.pause if isinstance(failure, Refused) else None
-            pause = self.PAUSE_SECONDS if wanted is None else min(max(wanted, 1.0), self.LONGEST_PAUSE_SECONDS)
-            self._paused_until = time.monotonic() + pause
-        log.warning(
-            "%s: %s; it is left alone for %d s, and records say lookup_failed meanwhile", self._url, failure, pause
-        )
-
-    def _ask(self, address: str) -> Location:
-        """Ask until there is a reply, or no time for another try; only time-outs and 5xx are tried again."""
-        deadline = time.monotonic() + self.TOTAL_SECONDS
-        back_off = self.BACK_OFF_SECONDS
-        while True:
-            reply = self._try(address, min(self.TRY_SECONDS, deadline - time.monotonic()))
-            if isinstance(reply, LookupFailed):
-                raise reply
-            if reply is not None and reply.status < 500:
-                return read_reply(reply)
-            if time.monotonic() + back_off >= deadline:
-                raise LookupFailed("no reply in time" if reply is None else f"HTTP {reply.status}")
-            time.sleep(back_off)
-            back_off *= 2
-
-    def _try(self, address: str, seconds: float) -> "Reply | LookupFailed | None":
-        """Send one request, in a thread that can be left behind.
-
-        Time-outs of sockets begin anew with every byte, and looking up a host's name has none, so only this bounds
-        the time for certain.
-
-        Args:
-            address: asked for as it is.
-            seconds: to wait.
-
-        Returns:
-            the reply; None where there is none in time; LookupFailed where there will be none.
-        """
-        session = self._sessions.get(get_ident())
-        if session is None:
-            session = self._sessions[get_ident()] = Session()
-            session.headers["User-Agent"] = f"kafka_enrich {requests.utils.default_user_agent()}"
-        replies: SimpleQueue[Reply | LookupFailed | None] = SimpleQueue()
-        arguments = (session, f"{self._url}/{address}/json/", self._params, seconds, replies)
-        threading.Thread(target=fetch, args=arguments, daemon=True).start()
-        try:
-            return replies.get(timeout=seconds)
-        except Empty:
-            del self._sessions[get_ident()]  # it is still in use
-            return None
-
-
-class Session(requests.Session):
-    """A session for which a redirect is a reply like any other: following one could take any time and memory."""
-
-    def get_redirect_target(self, resp: requests.Response) -> None:
-        """Find no target."""
-
-
-def fetch(
-    session: requests.Session,
-    url: str,
-    params: dict[str, str],
-    seconds: float,
-    replies: "SimpleQueue[Reply | LookupFailed | None]",
-) -> None:
-    """Send one request and put what comes of it into the queue.
-
-    Errors of requests and urllib3 are not shown as they are: they quote the URL, and it holds the key.
-
-    Args:
-        session: used by no other thread meanwhile.
-        url: without the query.
-        params: the query.
-        seconds: after which nobody waits any more.
-        replies: gets the reply, None where it took too long, or LookupFailed.
-    """
-    give_up = time.monotonic() + seconds
-    body = b""
-    try:
-        with session.get(url, params=params, timeout=seconds, stream=True) as response:
-            while piece := response.raw.read1(LARGEST_REPLY, decode_content=True):
-                body += piece
-                if len(body) > LARGEST_REPLY or time.monotonic() > give_up:
-                    raise requests.ConnectionError
-            replies.put(Reply(response.status_code, response.headers.get("Retry-After"), body))
-    except (requests.Timeout, urllib3.exceptions.TimeoutError):
-        replies.put(None)
-    except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:  # requests' own errors are OSErrors
-        replies.put(LookupFailed(str(error) if type(error) is OSError else type(error).__name__))
-
-
-def open_locator(settings: Settings) -> Locator:
-    """Open what the settings choose to locate with."""
-    if settings.geoip_database is None:
-        return HttpApi(settings.ipapi_url, settings.ipapi_key).locate
-    return open_database(settings.geoip_database)
-
-
 # --- Records: bytes in, bytes out -------------------------------------------------------------------------------
 
-Record = tuple[bytes | None, bytes | None]
-GetLocation = Callable[[Record], tuple[bytes | None, bytes]]
-Answer = Callable[[bytes | None], tuple[bytes, int]]  # the output's value, and which of RESULTS it is
+RESULTS = ("located", "tombstone", "invalid_ip", "reserved_ip", "not_found", "lookup_failed")
+TOMBSTONE: Answer = (None, "tombstone")
 NOWHERE = Location(city=None, region=None, country_name=None)
-LOCATED, INVALID_IP, RESERVED_IP, NOT_FOUND, LOOKUP_FAILED, NOT_CACHED = range(6)  # what is counted
-RESULTS = ("located", "invalid_ip", "reserved_ip", "not_found", "lookup_failed")  # their names, and those in records
 
 
-def new_tallies(workers: int) -> list[memoryview]:
-    """Make counts for each worker, all 0, in memory that forked processes share."""
-    size = len(RESULTS) + 1
-    memory = memoryview(mmap.mmap(-1, 8 * size * workers)).cast("q")
-    return [memory[size * worker :][:size] for worker in range(workers)]
+class Locations:
+    """Turns records into enriched records, and remembers the final answers."""
 
+    def __init__(self, locate: Locate, cache_size: int, on_lookup_failed: str) -> None:
+        """Choose where to look.
 
-class Tally(dict[int, memoryview]):
-    """Counts for each worker thread: Python does not promise that a shared one loses none.
+        Args:
+            locate: where locations come from.
+            cache_size: how many final answers to remember, 0 or more; the least recently used goes first.
+            on_lookup_failed: mark or stop.
+        """
+        self._locate, self._stop = locate, on_lookup_failed == "stop"
+        self.remembered = functools.lru_cache(cache_size)(self.look_up)
 
-    The key is threading.get_ident(). threading.local would not do: to that, the engine's threads are new ones each time
-    they take the GIL.
-    """
+    def get_location(self, record: Message) -> Enriched:
+        """Find where the address of a record is.
 
-    def __init__(self, free: Iterator[memoryview]) -> None:
-        """Remember where threads find counts that no other one has."""
-        super().__init__()
-        self._free = free
-        self.remembered: Callable[[], int] = lambda: 0  # how many answers the cache holds
+        Args:
+            record: with a value such as b"5.159.132.1".
 
-    def __missing__(self, thread: int) -> memoryview:
-        """Take counts for a thread."""
-        counts = self[thread] = next(self._free)
-        return counts
+        Returns:
+            the record, and the answer: (b'{"ip":"5.159.132.1","city":"Berlin",...}', "located"); a tombstone, a record
+            without a value, is answered with one.
 
+        Raises:
+            RunError: a look-up failed, and ON_LOOKUP_FAILED is stop.
+        """
+        value = record.value()
+        return record, TOMBSTONE if value is None else self.answer(value)
 
-def add_up(tallies: list[memoryview]) -> list[int]:
-    """Add up what all workers have counted."""
-    return [sum(column) for column in zip(*tallies, strict=True)]
+    def answer(self, value: bytes) -> Answer:
+        """Answer a value, where it can be an address from what is remembered; failures are not remembered."""
+        try:
+            return self.remembered(value) if len(value) <= LONGEST_ADDRESS else self.look_up(value)
+        except LookupFailed as failure:
+            text = text_of(value)
+            if self._stop:
+                raise RunError(
+                    f"{text} was not looked up: {failure}; a new start tries again (ON_LOOKUP_FAILED=stop)"
+                ) from None
+            return to_json(text, NOWHERE, failure.result), failure.result
+
+    def look_up(self, value: bytes) -> Answer:
+        """Find the final answer to a value.
+
+        Raises:
+            LookupFailed: there is none now.
+        """
+        text = text_of(value)
+        try:
+            return to_json(text, self._locate(public_address(text))), "located"
+        except LookupFailed:
+            raise
+        except NotLocated as reason:
+            return to_json(text, NOWHERE, reason.result), reason.result
 
 
 def text_of(value: bytes) -> str:
@@ -917,699 +1235,388 @@ def text_of(value: bytes) -> str:
     return value.decode("utf-8", "replace").strip()
 
 
-def to_json(ip: str | None, location: Location, error: str | None = None) -> bytes:
+def to_json(ip: str, location: Location, error: str | None = None) -> bytes:
     """Write the value of an output record; cut to the length of an address, it stays small whatever came in."""
-    record = {"ip": ip and ip[:LONGEST_ADDRESS], **location}
-    # orjson leaves a kilobyte or more around its result; a copy takes only what it needs in the cache.
-    return b"%b" % orjson.dumps(record if error is None else {**record, "error": error})
+    record = {"ip": ip[:LONGEST_ADDRESS], **location}
+    return msgspec.json.encode(record if error is None else {**record, "error": error})
 
 
-class LookupStopped(Exception):
-    """A look-up failed, and ON_LOOKUP_FAILED says to stop then."""
+# --- Counts and metrics -----------------------------------------------------------------------------------------
+
+REPORT_SECONDS = 10
 
 
-def make_get_location(
-    locate: Locator, cache_size: int, on_lookup_failed: str, tally: Tally, one_at_a_time: bool = False
-) -> GetLocation:
-    """Make the function that turns each record of the input topic into one of the output topic.
-
-    Args:
-        locate: where locations come from.
-        cache_size: how many final answers to remember, 0 or more; the least recently used goes first.
-        on_lookup_failed: mark or stop.
-        tally: where the results are counted.
-        one_at_a_time: let threads that ask for one address at once wait for the first, and take its answer from the
-            cache; it costs each record more than a look-up in a database does.
-
-    Returns:
-        get_location: (key, value) in; the same key and JSON by the record contract out, for any bytes or None. With
-        "stop" it raises LookupStopped at a failed look-up.
-    """
-
-    def look_up(value: bytes | None) -> tuple[bytes, int]:
-        tally[get_ident()][NOT_CACHED] += 1
-        if value is None:
-            return to_json(None, NOWHERE, InvalidIp.error), INVALID_IP
-        text = text_of(value)
-        try:
-            return to_json(text, locate(text)), LOCATED
-        except LookupFailed:
-            raise  # not final: an exception is not cached, so the next record with this address asks again
-        except NotLocated as not_located:
-            return to_json(text, NOWHERE, not_located.error), RESULTS.index(not_located.error)
-
-    cached = functools.lru_cache(cache_size)(look_up)
-    tally.remembered = lambda: cached.cache_info().currsize
-    answer: Answer = wait_for_others(cached) if one_at_a_time else cached
-
-    def get_location(record: Record) -> tuple[bytes | None, bytes]:
-        key, value = record
-        try:
-            # No address is longer than that; what is would fill the memory if the cache kept it.
-            output, result = answer(value) if value is None or len(value) <= 2 * LONGEST_ADDRESS else look_up(value)
-        except LookupFailed as failed:
-            text = text_of(value or b"")
-            if on_lookup_failed == "stop":
-                raise LookupStopped(text) from None
-            output, result = to_json(text, NOWHERE, failed.error), LOOKUP_FAILED
-        tally[get_ident()][result] += 1
-        return key, output
-
-    return get_location
+def summary(workers: list[Worker], locations: Locations) -> str:
+    """Say what became of the records that are committed."""
+    counts = sum((worker.counts for worker in workers), Counter[str]())
+    results = ", ".join(f"{counts[result]} {result}" for result in RESULTS if counts[result])
+    hits = locations.remembered.cache_info().hits
+    return f"{counts.total()} records{': ' if results else ''}{results}; {hits} from the cache"
 
 
-def wait_for_others(answer: Answer) -> Answer:
-    """Let threads that ask for the same value at once wait for the first one of them."""
-    asking: dict[bytes | None, threading.Lock] = {}
-
-    def ask(value: bytes | None) -> tuple[bytes, int]:
-        with asking.setdefault(value, threading.Lock()):
-            try:
-                return answer(value)
-            finally:
-                asking.pop(value, None)
-
-    return ask
-
-
-# --- Kafka: what has to be so before the dataflow starts, and after it has ended --------------------------------
-
-
-class RunError(Exception):
-    """Kafka or the dataflow failed; the message says what to do."""
-
-
-DISCONNECTED = "it closes the connection, as brokers do for a wrong password or security protocol (KAFKA_CLIENT_*)"
-KAFKA_LOG = BufferingHandler(1_000)  # kafka-python logs why there is no connection; its exception does not tell
-
-
-def why_no_connection(logged: list[str], error: Exception) -> str:
-    """Choose from what kafka-python has logged of its attempts what tells most; its exception, if that is all."""
-    attempts = [reason for reason in logged if "onnection" in reason or "disconnected" in reason] or [str(error)]
-    # A broker that refuses a password closes the connection too, and sometimes only that is noticed. A time-out tells
-    # least: the last attempt has no more time than the others have left.
-    most = min(attempts, key=lambda reason: 1 if "disconnected" in reason else 2 if "timed out" in reason else 0)
-    return DISCONNECTED if "disconnected" in most else " ".join(most.split())
-
-
-@contextmanager
-def kafka_admin(settings: Settings) -> Iterator[KafkaAdminClient]:
-    """Connect to Kafka for some questions; what goes wrong meanwhile becomes a RunError."""
-    KAFKA_LOG.flush()
-    try:
-        with KafkaAdminClient(
-            bootstrap_servers=settings.brokers, bootstrap_timeout_ms=5_000, request_timeout_ms=10_000, **settings.admin
-        ) as admin:
-            yield admin
-    except (KafkaError, OSError) as error:
-        reason = why_no_connection([record.getMessage() for record in KAFKA_LOG.buffer], error)
-        raise RunError(f"Kafka at {','.join(settings.brokers)} (KAFKA_BROKERS) cannot be used: {reason}") from None
-
-
-def describe(admin: KafkaAdminClient, topic: str, operation: str) -> list[dict[str, Any]]:
-    """List the partitions of a topic that has to be there and be open to an operation; asking does not create it."""
-    [found] = admin.describe_topics([topic])
-    if found["error_code"] == UnknownTopicOrPartitionError.errno:
-        raise RunError(f"topic {topic!r} does not exist; create it, or run: python load_data.py")
-    if found["error_code"]:
-        raise RunError(f"topic {topic!r} cannot be used: {for_code(found['error_code']).__name__}")
-    if operation not in (found.get("authorized_operations") or [operation]):
-        raise RunError(f"topic {topic!r} may not be used: the user in KAFKA_CLIENT_* has no permission to {operation}")
-    partitions: list[dict[str, Any]] = found["partitions"]
-    return partitions
-
-
-def offsets_of(
-    admin: KafkaAdminClient, partitions: list[TopicPartition], which: OffsetSpec
-) -> dict[TopicPartition, int]:
-    """Look up the earliest or the latest offset of each partition, which a new topic's leaders may not know yet."""
-    give_up = time.monotonic() + 10
+def report(workers: list[Worker], locations: Locations) -> NoReturn:
+    """Log every ten seconds what became of the records."""
+    before = 0
     while True:
-        try:
-            found = admin.list_partition_offsets(dict.fromkeys(partitions, which))
-            return {partition: found[partition].offset for partition in partitions}
-        except (UnknownTopicOrPartitionError, LeaderNotAvailableError):
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(0.1)
-
-
-def end_offsets(admin: KafkaAdminClient, topic: str) -> int:
-    """Add up the end offsets of a topic's partitions: each record written to it moves the sum by one."""
-    partitions = [TopicPartition(topic, partition["partition_index"]) for partition in describe(admin, topic, "WRITE")]
-    return sum(offsets_of(admin, partitions, OffsetSpec.LATEST).values())
-
-
-def check_topics(settings: Settings) -> int:
-    """See that the dataflow can run; the engine itself would panic, hang, or create a topic of its own.
-
-    Args:
-        settings: the brokers, the topics and the number of workers.
-
-    Returns:
-        the end offsets of the output topic, added up.
-
-    Raises:
-        RunError: no broker answers, a topic is missing or closed, or a worker would have no partition to read.
-    """
-    with kafka_admin(settings) as admin:
-        partitions = describe(admin, settings.input_topic, "READ")
-        version = admin.get_broker_version_data(partitions[0]["leader_id"]).broker_version
-        if version >= (4, 0) and "SCRAM" in str(settings.admin.get("sasl_mechanism")):
-            raise RunError(
-                "SCRAM works with Kafka 3.9 and older only: the engine's librdkafka 1.8.2 sends a nonce that Kafka 4 "
-                "refuses (librdkafka#4895); use KAFKA_CLIENT_SASL_MECHANISM=PLAIN over SASL_SSL, or client certificates"
-            )
-        if settings.workers > len(partitions):
-            raise RunError(
-                f"{settings.workers} workers are too many for topic {settings.input_topic!r} with its "
-                f"{len(partitions)} partitions: every worker reads at least one"
-            )
-        if settings.tail and settings.recovery_dir is None:
-            create_recovery_topics(admin, settings)
-            if settings.process_id in (0, None):  # the others' engines wait for this one's
-                forget_old_executions(admin, settings)
-        return end_offsets(admin, settings.output_topic)
-
-
-def create_recovery_topics(admin: KafkaAdminClient, settings: Settings) -> None:
-    """Create the topics of the recovery state before the engine does, as safe as the output, and so that they last.
-
-    The engine would have both compacted. The last record of a key is enough for the state, but not for the progress:
-    there the first and the later ones of a run share a key, and without the first the engine panics at every start.
-
-    Args:
-        admin: connected.
-        settings: the topics and the number of workers.
-    """
-    replicas = len(describe(admin, settings.output_topic, "WRITE")[0]["replica_nodes"])
-    state = {"cleanup.policy": "compact", "segment.ms": "3600000", "delete.retention.ms": "3600000"}
-    progress = {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
-    for topic, configs in (("state", state), ("progress", progress)):
-        wanted = {"num_partitions": settings.workers, "replication_factor": replicas, "configs": configs}
-        with suppress(TopicAlreadyExistsError):
-            admin.create_topics({f"{settings.recovery_name}-{topic}": wanted}, wait_for_metadata=True)
-
-
-def forget_old_executions(admin: KafkaAdminClient, settings: Settings) -> None:
-    """Delete the progress of all executions but the last, before the engine reads it.
-
-    Each worker reads a partition of it and tells the others, in no order between them. Where one hears of an older
-    execution after a newer one the engine panics, and does so again at every start. A record's key begins with the
-    number of its execution (bytewax 0.15.1, src/recovery/model/progress.rs), which never falls within a partition.
-
-    Args:
-        admin: connected.
-        settings: the brokers and the recovery state's name.
-
-    Raises:
-        RunError: the progress cannot be read.
-    """
-    partitions = [TopicPartition(f"{settings.recovery_name}-progress", worker) for worker in range(settings.workers)]
-    begins = offsets_of(admin, partitions, OffsetSpec.EARLIEST)
-    ends = offsets_of(admin, partitions, OffsetSpec.LATEST)
-    written = [partition for partition in partitions if begins[partition] < ends[partition]]
-    if not written:
-        return
-    consumer = KafkaConsumer(bootstrap_servers=settings.brokers, enable_auto_commit=False, **settings.admin)
-
-    def execution_at(partition: TopicPartition, offset: int) -> int:
-        consumer.assign([partition])
-        consumer.seek(partition, offset)
-        for records in consumer.poll(timeout_ms=10_000, max_records=1).values():
-            return int.from_bytes(records[0].key[:8], "little")
-        raise RunError(f"offset {offset} of {partition} cannot be read; start again")
-
-    try:
-        last = max(execution_at(partition, ends[partition] - 1) for partition in written)
-        for partition in written:
-            offsets = range(begins[partition], ends[partition])
-            older = bisect.bisect_left(offsets, last, key=functools.partial(execution_at, partition))
-            if older:
-                admin.delete_records({partition: begins[partition] + older})
-    finally:
-        consumer.close()
-
-
-def count_missing(settings: Settings, end_before: int, handed_over: int, seconds: float) -> int:
-    """Count the records that the engine took for the output topic and that did not get there.
-
-    At its end the engine gives its queue five seconds and ignores what is left, so only the topic itself can tell.
-
-    Args:
-        settings: the brokers and the output topic.
-        end_before: what check_topics returned.
-        handed_over: how many records have been enriched since.
-        seconds: how long to wait for those still under way, 0 or more.
-
-    Returns:
-        how many are missing; what others write to the topic meanwhile hides as many.
-
-    Raises:
-        RunError: no broker answers.
-    """
-    give_up = time.monotonic() + seconds
-    with kafka_admin(settings) as admin:
-        while True:
-            missing = handed_over - (end_offsets(admin, settings.output_topic) - end_before)
-            if missing <= 0 or time.monotonic() > give_up:
-                return max(missing, 0)
-            time.sleep(0.1)
-
-
-# --- Metrics: what Prometheus and supervisors see -------------------------------------------------------------
-
-LOOKUP_BUCKETS = (5e-6, 1e-5, 2.5e-5, 1e-4, 1e-3, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 4)  # seconds: a database, an API
+        time.sleep(REPORT_SECONDS)
+        records = sum(worker.counts.total() for worker in workers)
+        log.info("%.0f/s; %s", (records - before) / REPORT_SECONDS, summary(workers, locations))
+        before = records
 
 
 class Metrics(Collector):
-    """What one process has counted, put together when Prometheus asks: records pay nothing for it."""
+    """What Prometheus reads, taken from the workers when it asks."""
 
-    def __init__(self, tally: Tally, database: str | None) -> None:
-        """Remember what does not change.
-
-        Args:
-            tally: of the process.
-            database: the path of its City database, if it has one.
-        """
-        self._tally = tally
-        self._seen = 0
-        self._hits = 0
-        self._last_record = time.monotonic()  # or the start, where none has come
-        self._built: int | None = None
-        if database:
-            with maxminddb.open_database(database) as reader:
-                self._built = reader.metadata().build_epoch
-        self._build = {
-            "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
-            "bytewax": importlib.metadata.version("bytewax"),
-            "python": platform.python_version(),
-        }
-
-    def _counts(self) -> list[int]:
-        return add_up(list(self._tally.values())) or [0] * (len(RESULTS) + 1)
-
-    def look(self) -> None:
-        """See whether a record has come since the last look."""
-        records = count_records(self._counts())
-        if records > self._seen:
-            self._seen, self._last_record = records, time.monotonic()
+    def __init__(self, workers: list[Worker], locations: Locations, built: float | None) -> None:
+        """Look at these; built is when the database was, in seconds since 1970."""
+        self._workers, self._locations, self._built = workers, locations, built
 
     def collect(self) -> Iterator[Metric]:
-        """Put the metrics together."""
-        counts = self._counts()
-        self.look()
+        """Take the numbers of this moment."""
+        counts = sum((worker.counts for worker in self._workers), Counter[str]())
         records = CounterMetricFamily(
-            "kafka_enrich_records", "Records read and handed to the output: each one in is one out.", labels=["result"]
+            "kafka_enrich_records", "Records committed, by what became of them.", labels=["result"]
         )
-        for result, count in zip(RESULTS, counts, strict=False):
-            records.add_metric([result], count)
+        for result in RESULTS:
+            records.add_metric([result], counts[result])
         yield records
-        # A look-up is counted before its result; a counter that goes down would look like a new start.
-        self._hits = max(self._hits, count_records(counts) - counts[NOT_CACHED])
-        yield CounterMetricFamily("kafka_enrich_cache_hits", "Records answered from the cache.", self._hits)
-        yield GaugeMetricFamily("kafka_enrich_cache_entries", "Answers in the cache.", self._tally.remembered())
-        since = time.monotonic() - self._last_record
-        yield GaugeMetricFamily(
-            "kafka_enrich_seconds_since_last_record", "Seconds since a record came, or since the start.", since
-        )
+        cache, now = self._locations.remembered.cache_info(), time.monotonic()
+        for name, text, count in (
+            ("cache_hits", "Records answered from the cache.", cache.hits),
+            ("commits", "Commits of offsets.", sum(worker.commits for worker in self._workers)),
+            ("rebalances", "Times that partitions came or went.", sum(worker.rebalances for worker in self._workers)),
+        ):
+            yield CounterMetricFamily(f"kafka_enrich_{name}", text, count)
+        newest = max(worker.last_record for worker in self._workers)
+        committed = max(worker.last_commit for worker in self._workers)
+        yield GaugeMetricFamily("kafka_enrich_cache_entries", "Answers in the cache.", cache.currsize)
+        yield GaugeMetricFamily("kafka_enrich_seconds_since_last_record", "Or since the start.", now - newest)
+        yield GaugeMetricFamily("kafka_enrich_seconds_since_last_commit", "Or since the start.", now - committed)
         if self._built is not None:
-            age = time.time() - self._built
-            yield GaugeMetricFamily("kafka_enrich_database_age_seconds", "Age of the City database.", age)
-        yield InfoMetricFamily("kafka_enrich_build", "What is running; script is its SHA-256.", self._build)
+            yield GaugeMetricFamily("kafka_enrich_database_build_timestamp_seconds", "When it was built.", self._built)
+        build = {"python": platform.python_version(), "script": SCRIPT_SHA256}
+        versions = {name.replace("-", "_"): importlib.metadata.version(name) for name in ("bytewax", "confluent-kafka")}
+        yield InfoMetricFamily("kafka_enrich_build", "Versions.", {**versions, **build})
 
 
-@contextmanager
-def metrics_served(settings: Settings, locate: Locator, tally: Tally) -> Iterator[Locator]:
-    """Serve /metrics and /healthz while the block runs, where the settings name a port for them.
+SCRIPT_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
-    Args:
-        settings: of this process.
-        locate: what its look-ups go to.
-        tally: its counts.
 
-    Yields:
-        the locator to use, which takes the time where somebody may ask for it.
+def serve_metrics(port: int, metrics: Metrics) -> None:
+    """Serve metrics on a port.
 
     Raises:
         SettingsError: the port is in use.
     """
-    if settings.metrics_port is None:
-        yield locate
-        return
-    registry, metrics, ended = CollectorRegistry(), Metrics(tally, settings.geoip_database), threading.Event()
-    registry.register(metrics)
-    ProcessCollector(registry=registry)
-    lookups = Histogram(
-        "kafka_enrich_lookup_seconds",
-        "Seconds that looking up an address took that was not in the cache; one in a hundred, with a City database.",
-        buckets=LOOKUP_BUCKETS,
-        registry=registry,
-    )
-    # Taking the time costs about as much as asking a database; of an API's answers it costs nothing.
-    turns = itertools.cycle([True] if settings.geoip_database is None else [True, *[False] * 99])
+    REGISTRY.register(metrics)
     try:
-        server, _ = start_http_server(settings.metrics_port, registry=registry)
+        start_http_server(port)
     except OSError as error:
-        raise SettingsError(f"METRICS_PORT: port {settings.metrics_port} cannot be used: {error}") from None
-    metrics_app: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
-
-    def respond(request: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-        if request["PATH_INFO"] == "/healthz":
-            start("200 OK", [("Content-Type", "text/plain")])
-            return [b"the dataflow runs\n"]
-        return metrics_app(request, start)
-
-    def timed(text: str) -> Location:
-        if not next(turns):
-            return locate(text)
-        with lookups.time():
-            return locate(text)
-
-    def look() -> None:
-        while not ended.wait(1):
-            metrics.look()
-
-    server.set_app(respond)
-    threading.Thread(target=look, daemon=True).start()
-    try:
-        yield timed
-    finally:
-        ended.set()
-        server.shutdown()
-        server.server_close()
-
-
-# --- The processes: one or many run the dataflow, and tell what became of it -----------------------------------
-
-
-class Died(Exception):
-    """The engine gave up; the message says why, as far as that is known."""
-
-
-def run_process(settings: Settings, get_location: GetLocation) -> None:
-    """Run one process of the cluster, and say why where it ends before its time.
-
-    Args:
-        settings: with a process_id.
-        get_location: what the records go through.
-
-    Raises:
-        Died: the engine gave up.
-        RunError: a look-up failed, and ON_LOOKUP_FAILED is stop.
-        SystemExit: a signal came.
-    """
-    raised: list[BaseException] = []
-
-    def keep(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        raised.append(error)
-        if kind is not LookupStopped:  # that one is no accident, and is told below
-            sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = keep  # the engine prints through this what get_location raises
-    let_threads_take_turns()
-    try:
-        run_dataflow(settings, get_location)
-    except (RuntimeError, ValueError) as error:
-        if raised and isinstance(raised[0], LookupStopped):
-            raise RunError(
-                f"the look-up of {raised[0]} failed, and ON_LOOKUP_FAILED is stop; a new start tries again"
-            ) from None
-        raise Died(repr(raised[0]) if raised else str(error)) from None
-
-
-def let_threads_take_turns() -> None:
-    """Let the threads that are started from now on wait for a free core and interrupt none: Linux calls that a batch.
-
-    librdkafka wakes its broker's thread for nearly each record. On a busy core that one would interrupt the worker each
-    time, and find one record; so it finds several. It takes a tenth to a third off what a record costs there.
-    """
-    with suppress(AttributeError, OSError):  # not Linux, or a sandbox forbids it
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
-def run_processes(
-    settings: Settings, run: Callable[[Settings, Iterator[memoryview]], None], tallies: list[memoryview]
-) -> None:
-    """Run all processes of the cluster on this machine; they end with the first that fails, and with this one.
-
-    They are forked, so they share the counts and what has been loaded. (The engine's own spawn_cluster waits for ever
-    when one of them dies.)
-
-    Args:
-        settings: with addresses whose ports are still to be chosen.
-        run: runs a process with its settings, and with counts for its workers.
-        tallies: counts for all of them.
-
-    Raises:
-        Died: one of them did.
-        SettingsError: one of them cannot use a setting.
-        SystemExit: a signal came.
-    """
-    with ExitStack() as free_ports:
-        sockets = [free_ports.enter_context(socket.create_server(("localhost", 0))) for _ in settings.addresses]
-        addresses = [f"localhost:{taken.getsockname()[1]}" for taken in sockets]
-    parent_lives, parent = os.pipe()
-    processes: dict[int, int] = {}
-    try:
-        for process_id in range(len(addresses)):
-            pid = os.fork()
-            if pid == 0:
-                os.close(parent)
-                end_with_parent(parent_lives)
-                port = settings.metrics_port and settings.metrics_port + process_id
-                process = replace(settings, addresses=addresses, process_id=process_id, metrics_port=port)
-                its_run = functools.partial(run, process, iter(tallies[process_id:]))
-                try:
-                    os._exit(exit_code_of(its_run, settings.tail, tallies))
-                except BaseException:  # whatever it is: the code that follows is for the parent only
-                    log.exception("process %d of %d", process_id, len(addresses))
-                    os._exit(1)
-            processes[pid] = process_id
-        while processes:
-            pid, status = os.wait()
-            if pid not in processes:  # a stranger's child: in a container this may be process 1
-                continue
-            process_id = processes.pop(pid)
-            if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 2:
-                raise SettingsError(f"process {process_id} of {len(addresses)} cannot use a setting, see above")
-            if status:
-                raise Died(f"process {process_id} of {len(addresses)} {how_it_ended(status)}")
-    except SystemExit:
-        for pid in processes:
-            os.kill(pid, signal.SIGTERM)
-        while processes:
-            processes.pop(os.wait()[0], None)
-        raise
-    finally:
-        for pid in processes:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        os.close(parent)
-        os.close(parent_lives)
-
-
-def end_with_parent(parent_lives: int) -> None:
-    """End this process when the other end of a pipe is closed, as the kernel does when the parent is killed."""
-
-    def wait() -> None:
-        os.read(parent_lives, 1)
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def how_it_ended(status: int) -> str:
-    """Say what os.wait tells of a process that has failed."""
-    if os.WIFSIGNALED(status):
-        return f"was ended by {signal.Signals(os.WTERMSIG(status)).name}"
-    return f"ended with exit code {os.WEXITSTATUS(status)}"
-
-
-def enrich(settings: Settings, tallies: list[memoryview]) -> None:
-    """Enrich what the input topic holds, and with settings.tail what arrives there, until a signal comes.
-
-    Args:
-        settings: all of them.
-        tallies: counts for each worker that is started here.
-
-    Raises:
-        SettingsError: the City database or the folder for recovery cannot be used.
-        RunError: Kafka or the dataflow failed, or not every record reached the output topic.
-        SystemExit: a signal ended a pass.
-    """
-    log.info("%s", settings)
-    if os.environ.pop("BYTEWAX_DATAFLOW_API_ENABLED", None):
-        log.info("BYTEWAX_DATAFLOW_API_ENABLED is ignored: the engine would serve its settings, with passwords, to all")
-    locate = open_locator(settings)
-    end_before = check_topics(settings)
-
-    def missing(seconds: float) -> int:
-        return count_missing(settings, end_before, count_records(add_up(tallies)), seconds)
-
-    def run(process: Settings, free: Iterator[memoryview]) -> None:
-        tally = Tally(free)
-        wait = settings.geoip_database is None
-        with metrics_served(process, locate, tally) as its_locate:
-            get_location = make_get_location(its_locate, settings.cache_size, settings.on_lookup_failed, tally, wait)
-            run_process(process, get_location)
-
-    ended = threading.Event()
-    threading.Thread(target=report, args=(ended, tallies, missing), daemon=True).start()
-    died = None
-    try:
-        if settings.process_id is None:
-            run_processes(settings, run, tallies)
-        else:
-            run(settings, iter(tallies))
-    except Died as error:
-        died = error
-    except SystemExit:
-        if not settings.tail:
-            raise
-    finally:
-        ended.set()
-        log.info("%s", summary(add_up(tallies)))
-
-    if died:
-        try:
-            lost = str(missing(0))
-        except RunError as error:
-            lost = f"an unknown number ({error})"
-        resume = "goes on from the last epoch saved" if settings.tail else "begins from the beginning"
-        raise RunError(
-            f"the dataflow died: {died}; {lost} of the records it read did not reach "
-            f"topic {settings.output_topic!r}; a new start {resume} (the engine's own words are above; NotImplemented "
-            "there means zstd, which it cannot read)"
-        )
-    if lost_count := missing(2 if settings.tail else 10):
-        advice = f"; to send them again, delete the topics {settings.recovery_name}-* first" if settings.tail else ""
-        raise RunError(
-            f"{lost_count} of {count_records(add_up(tallies))} records did not reach topic {settings.output_topic!r}: "
-            "the broker was too slow or refused them, and its log tells why (often they are above max.message.bytes, "
-            f"or the topic is compacted and they have no key){advice}"
-        )
-
-
-def count_records(counts: list[int]) -> int:
-    """Add up the records of every result."""
-    return sum(counts[: len(RESULTS)])
-
-
-def summary(counts: list[int]) -> str:
-    """Say what became of the records so far."""
-    records = count_records(counts)
-    results = ", ".join(f"{counts[index]} {result}" for index, result in enumerate(RESULTS))
-    return f"{records} records in: {results}; {max(records - counts[NOT_CACHED], 0)} from the cache"
-
-
-def report(ended: threading.Event, tallies: list[memoryview], missing: Callable[[float], int]) -> None:
-    """Log every ten seconds what became of the records, and while none come, whether all have arrived.
-
-    The engine says nothing of a record that the broker refuses until the next one is sent.
-
-    Args:
-        ended: set when there is nothing more to report.
-        tallies: the counts of all workers.
-        missing: counts the records that have not reached the output topic.
-    """
-    before = 0
-    while not ended.wait(REPORT_SECONDS):
-        counts = add_up(tallies)
-        records = count_records(counts)
-        log.info("%.0f/s; %s", (records - before) / REPORT_SECONDS, summary(counts))
-        if records == before:
-            try:
-                if late := missing(0):
-                    log.warning("%d of the records have not reached the output topic yet", late)
-            except RunError as error:
-                log.warning("%s", error)
-        before = records
+        raise SettingsError(f"METRICS_PORT={port} cannot be used: {error.strerror}") from None
 
 
 # --- The program ------------------------------------------------------------------------------------------------
 
-REPORT_SECONDS = 10
-STOP_SECONDS = 8  # a look-up may take four, and the engine's flush five; containers often give ten
+CONNECT_SECONDS = 8.0  # to find brokers before the start
+STOP_SECONDS = 8.0  # after a signal; containers often give ten
 
 
-def end_on_signals(tail: bool, tallies: list[memoryview]) -> None:
-    """Let Ctrl-C and SIGTERM end the program: cleanly where records are under way, and at once where none are.
-
-    The engine looks for signals while it runs, and stops in good order. While it waits for other processes it does
-    not look, and while it reads its recovery state it aborts; but then no record has been handed over yet. Python's
-    own C handler writes to a wake-up descriptor even while the engine does not return, and a thread reads from that.
+def check_kafka(settings: Settings) -> None:
+    """See that the brokers answer and the topics may be used, before the dataflow starts.
 
     Args:
-        tail: following has no end that a signal could come before, so its exit code is 0 then.
-        tallies: what all workers have counted.
+        settings: all of them.
+
+    Raises:
+        RunError: they do not, or may not.
+        SettingsError: librdkafka does not know a property or its value.
     """
+    said: list[KafkaError] = []
+    try:
+        Producer(producer_properties(settings, settings.kafka_brokers, "check"), logger=LIBRDKAFKA_LOG)
+        properties = consumer_properties(settings, settings.kafka_brokers)
+        properties.pop("group.instance.id", None)  # it is a member's, and this one only asks
+        consumer = Consumer({**properties, "error_cb": said.append}, logger=LIBRDKAFKA_LOG)
+        admin = AdminClient(
+            {**settings.kafka_client, "bootstrap.servers": settings.kafka_brokers, "error_cb": said.append},  # type: ignore[dict-item]
+            logger=LIBRDKAFKA_LOG,
+        )
+    except KafkaException as error:
+        raise SettingsError(
+            f"a property of KAFKA_CLIENT_, _CONSUMER_ or _PRODUCER_ is wrong: {reason_of(error)}"
+        ) from None
+    topics = {settings.kafka_input_topic: AclOperation.READ, settings.kafka_output_topic: AclOperation.WRITE}
+    answers = admin.describe_topics(
+        TopicCollection(list(topics)), include_authorized_operations=True, request_timeout=CONNECT_SECONDS
+    )
+    while not all(answer.done() for answer in answers.values()):
+        admin.poll(0.05)
+    for topic, answer in answers.items():
+        if failure := answer.exception():
+            raise RunError(why_not(settings, topic, failure, said))
+        allowed = answer.result().authorized_operations
+        if allowed and not {topics[topic], AclOperation.ALL} & set(allowed):
+            raise RunError(f"topic {topic!r} may not be used: no permission to {topics[topic].name}")
+    try:
+        if settings.kafka_consumer.get("auto.offset.reset", settings.kafka_client.get("auto.offset.reset")) in LATEST:
+            start_from_now(consumer, settings)
+        committed_offsets(consumer, settings.kafka_input_topic, [0])
+    except KafkaException as error:
+        raise RunError(f"group {settings.group!r} cannot be used: {reason_of(error)}") from None
+    finally:
+        consumer.close()
 
-    def leave(signum: int, _frame: FrameType | None = None) -> NoReturn:
-        exit_code = 0 if tail else 128 + signum
-        if count_records(add_up(tallies)) == 0:
-            log.info("ended by %s before the first record", signal.Signals(signum).name)
-            os._exit(exit_code)
-        sys.exit(exit_code)
 
-    def watch() -> None:
-        signum = os.read(reader, 1)[0]
-        with suppress(SystemExit):
-            leave(signum)
-        time.sleep(STOP_SECONDS)
-        os._exit(0 if tail else 128 + signum)
-
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, leave)
-    threading.Thread(target=watch, daemon=True).start()
+LATEST = ("latest", "end", "largest")
 
 
-def exit_code_of(run: Callable[[], None], tail: bool, tallies: list[memoryview]) -> int:
-    """Run something until its end or a signal's.
+def why_not(settings: Settings, topic: str, error: BaseException, said: list[KafkaError]) -> str:
+    """Say why a topic cannot be used: what the clients said of their connections tells more than a time-out."""
+    if code_of(error) in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC):
+        return f"topic {topic!r} does not exist; create it, or run: python load_data.py"
+    if code_of(error) == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+        return f"topic {topic!r} may not be used: no permission to DESCRIBE"
+    telling = [one for one in said if one.code() not in (KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT)]
+    first = min(telling, key=lambda one: one.code() not in (KafkaError._AUTHENTICATION, KafkaError._SSL), default=None)
+    reason = first.str() if first else reason_of(error)
+    return f"Kafka at {settings.kafka_brokers} (KAFKA_BROKERS) cannot be used: {reason}"
+
+
+def start_from_now(consumer: Consumer, settings: Settings) -> None:
+    """Commit the topic's ends where the group has committed nothing: so auto.offset.reset=latest outlives a kill.
+
+    Of a group that has begun, partitions that are added later are read from their beginning, as nobody has read them.
+    """
+    topic = settings.kafka_input_topic
+    partitions = committed_offsets(
+        consumer, topic, consumer.list_topics(topic, CONNECT_SECONDS).topics[topic].partitions
+    )
+    if all(part.offset < 0 for part in partitions):
+        for part in partitions:
+            part.offset = consumer.get_watermark_offsets(part, timeout=CONNECT_SECONDS)[1]
+        with suppress(KafkaException):  # another copy is quicker, and has done it
+            commit_offsets(consumer, partitions)
+
+
+def open_locations(settings: Settings) -> tuple[Locations, float | None]:
+    """Open what the settings choose to locate with; when it was built, for a database."""
+    locate: Locate
+    if settings.geoip_database:
+        locate, built = open_database(settings.geoip_database)
+    else:
+        log.info("locating with %s", settings.ipapi_url)
+        locate, built = HttpApi(settings.ipapi_url, settings.ipapi_key).locate, None
+    if settings.metrics_port:
+        locate = Histogram("kafka_enrich_lookup_seconds", "Look-ups that the cache had no answer to.").time()(locate)
+    return Locations(locate, settings.cache_size, settings.on_lookup_failed), built
+
+
+def run_process(settings: Settings, opened: "tuple[Locations, float | None]") -> int:
+    """Run the workers of one process, until they are done or a signal comes.
 
     Args:
-        run: what to run.
-        tail: as end_on_signals has it.
-        tallies: as end_on_signals has them.
+        settings: of this process.
+        opened: what open_locations returned.
 
     Returns:
-        the exit code, as the top of this file has them; what went wrong is printed.
+        the exit code.
+
+    Raises:
+        RunError: Kafka or a look-up failed.
+        SettingsError: a setting cannot be used.
     """
-    end_on_signals(tail, tallies)
+    stop, received = stop_on_signals()
+    locations, built = opened
+    name = f"{socket.gethostname()}-{free_slot(settings.group)}"
+    workers = [Worker(settings, f"{name}-{number}", stop) for number in range(settings.bytewax_workers_per_process)]
+    if settings.metrics_port:
+        serve_metrics(settings.metrics_port, Metrics(workers, locations, built))
+    threading.Thread(target=report, args=[workers, locations], daemon=True).start()
     try:
-        run()
-    except (SettingsError, RunError, Died) as error:
+        run_dataflow(settings, workers, locations)
+    except Exception as error:  # noqa: BLE001 - what a step raises is raised again
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the engine wraps what a step raises
+            cause = cause.__cause__
+        if isinstance(cause, (KafkaException, TimeoutError)):
+            cause = RunError(f"Kafka at {settings.kafka_brokers} (KAFKA_BROKERS): {reason_of(cause)}")
+        raise cause from None
+    finally:
+        for worker in workers:
+            worker.leave()
+        log.info("%s", summary(workers, locations))
+    return 128 + received[0] if received and not settings.kafka_tail else 0
+
+
+def stop_on_signals() -> tuple[threading.Event, list[int]]:
+    """Let Ctrl-C and SIGTERM end the stream in good order, and the program in any case some seconds later.
+
+    Returns:
+        an event that is set then, and the signals that came.
+    """
+    stop, received = threading.Event(), list[int]()
+
+    def leave_anyway() -> None:
+        log.error("stopped while Kafka was away: the next start does again what was not committed")
+        leave(1)
+
+    def ask_to_stop(signum: int, _frame: FrameType | None) -> None:
+        received.append(signum)
+        if not stop.is_set():
+            stop.set()
+            deadline = threading.Timer(STOP_SECONDS, leave_anyway)
+            deadline.daemon = True
+            deadline.start()
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, ask_to_stop)
+    return stop, received
+
+
+def free_slot(group: str) -> int:
+    """Find a number that no other copy on this host has: it makes a transactional id, which a restart takes up again.
+
+    A socket with an abstract name (Linux, man 7 unix) is free again whenever its process ends, in whatever way.
+    """
+    if sys.platform != "linux":
+        return os.getpid()
+    for number in range(1_000):
+        taken = socket.socket(socket.AF_UNIX)
+        with suppress(OSError):
+            taken.bind(f"\0kafka_enrich {group[:80]} {number}")
+            SLOTS.append(taken)
+            return number
+    raise RunError(f"1000 copies of group {group!r} run on this host")
+
+
+SLOTS: list[socket.socket] = []  # open as long as the process lives
+
+
+def run_processes(settings: Settings) -> int:
+    """Run several processes, and end with the first that fails, or when all are done.
+
+    Args:
+        settings: with the number of processes.
+
+    Returns:
+        the exit code.
+    """
+    stop, received = stop_on_signals()
+    spawn = multiprocessing.get_context("spawn")  # a fork would take over librdkafka's clients without their threads
+    children = [
+        spawn.Process(target=run_child, args=[its_settings(settings, number)]) for number in range(settings.processes)
+    ]
+    for child in children:
+        child.start()
+    failed = None
+    running = list(children)
+    while running:
+        for child in running if stop.is_set() or failed else ():
+            child.terminate()
+        multiprocessing.connection.wait([child.sentinel for child in running], timeout=0.2)
+        for child in [child for child in running if child.exitcode is not None]:
+            running.remove(child)
+            if child.exitcode and not stop.is_set() and not failed:
+                failed = child
+                log.error("process %d of %d ended with %d", children.index(child), len(children), child.exitcode)
+    if failed:
+        return 2 if failed.exitcode == 2 else 1
+    return (
+        128 + received[0]
+        if received and not settings.kafka_tail
+        else max(abs(child.exitcode or 0) for child in children)
+    )
+
+
+def its_settings(settings: Settings, number: int) -> Settings:
+    """Give one of several processes a port and a group instance of its own."""
+    port = settings.metrics_port and settings.metrics_port + number
+    return msgspec.structs.replace(settings, processes=1, metrics_port=port, instance=number)
+
+
+def run_child(settings: Settings) -> None:
+    """Run one of several processes; it ends with the one that started it."""
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+    set_up_logging(settings)
+    leave(exit_code_of(lambda: run_process(settings, open_locations(settings))))
+
+
+def exit_code_of(run: Callable[[], int]) -> int:
+    """Run something, and say in a line why it failed where it did."""
+    try:
+        return run()
+    except (RunError, SettingsError) as error:
         print(f"kafka_enrich.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End the process without waiting for librdkafka's clients, whose end can hang when all is committed and said."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def set_up_logging(settings: Settings) -> None:
+    """Log to stderr."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    log.setLevel(settings.log_level)
+    LIBRDKAFKA_LOG.setLevel(logging.DEBUG if settings.log_level == "DEBUG" else logging.CRITICAL)
+
+
+def help_text() -> str:
+    """Write what --help prints: the top of this file, and the settings."""
+    hints = get_type_hints(Settings, include_extras=True)
+    lines = [f"  {name:27}  {hints[field].__metadata__[0].description}" for name, field in NAMES.items()]
+    return "\n".join(
+        [
+            __doc__ or "",
+            "Settings:\n",
+            *lines,
+            *(f"  {prefix + '*':27}  a property of librdkafka" for prefix in PROPERTIES),
+        ]
+    )
+
+
+def enrich(settings: Settings) -> int:
+    """Check what can be checked before the start, and run; what is returned and raised is run_process's."""
+    for signum in (signal.SIGINT, signal.SIGTERM):  # nothing is under way yet
+        signal.signal(signum, lambda number, _frame: leave(0 if settings.kafka_tail else 128 + number))
+    log.info("%s", settings)
+    for line in doubtful_names(os.environ):
+        log.warning("%s", line)
+    opened = open_locations(settings)
+    check_kafka(settings)
+    return run_process(settings, opened) if settings.processes == 1 else run_processes(settings)
 
 
 def main() -> int:
     """Run the program.
 
     Returns:
-        its exit code.
+        its exit code, as the top of this file has them.
     """
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    # What goes wrong in these is told in our own words; theirs would repeat it, with the API's key in the URL.
-    for library in ("kafka", "urllib3"):
-        logging.getLogger(library).propagate = False
-    logging.getLogger("kafka.net.manager").addHandler(KAFKA_LOG)
+    parser = argparse.ArgumentParser(add_help=False, usage="python kafka_enrich.py [--help]")
+    parser.add_argument("-h", "--help", action="store_true")
+    if parser.parse_args().help:
+        print(help_text())
+        return 0
     try:
         settings = read_settings(with_settings_file(os.environ, Path(__file__).with_name("kafka_enrich.env")))
     except SettingsError as error:
-        print(f"kafka_enrich.py: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"kafka_enrich.py: {line}", file=sys.stderr)
         return 2
-    log.setLevel(settings.log_level)
-    started_here = settings.workers if settings.process_id is None else settings.workers_per_process
-    tallies = new_tallies(started_here)
-    return exit_code_of(lambda: enrich(settings, tallies), settings.tail, tallies)
+    set_up_logging(settings)
+    return exit_code_of(lambda: enrich(settings))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . misc/venv.sh requirements.txt misc/requirements.txt tests/requirements.txt
 
-.venv/bin/ruff check
-.venv/bin/ruff format --check
-.venv/bin/mypy
-.venv/bin/pytest "$@"
+"$venv/bin/ruff" check
+"$venv/bin/ruff" format --check
+"$venv/bin/mypy"
+"$venv/bin/pytest" "$@"

@@ -1,36 +1,41 @@
 # shellcheck shell=bash
-# Sourced by demo.sh and test.sh: makes .venv with Python 3.10, and installs into it what the given files require.
-# Usage: . misc/venv.sh REQUIREMENTS_FILE...
+# Sourced by demo.sh and test.sh: makes $venv with a Python, and installs into it what the given files require.
+# Usage: [PYTHON_VERSION=3.10] . misc/venv.sh REQUIREMENTS_FILE...    # else the newest of 3.12, 3.11 and 3.10
 
-is_python_310() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null; }
+versions=${PYTHON_VERSION:-3.12 3.11 3.10}
+venv=.venv${PYTHON_VERSION:+-$PYTHON_VERSION}
+
+has_version() { "$1" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] not in '$2'.split())" 2>/dev/null; }
 
 make_venv() {
-    for python in python3.10 python3 python; do
-        if is_python_310 "$python"; then
-            "$python" -m venv .venv
-            return
-        fi
+    for version in $versions; do
+        for python in "python$version" python3 python; do
+            if has_version "$python" "$version"; then
+                "$python" -m venv "$venv"
+                return
+            fi
+        done
     done
-    # Without a Python 3.10 at hand uv brings one, and any Python brings uv.
+    # Without such a Python at hand uv brings one, and any Python brings uv.
     if ! command -v uv >/dev/null; then
-        if python3 -m venv .venv/uv >/dev/null; then
-            .venv/uv/bin/pip install -q uv || true
+        if python3 -m venv "$venv/uv" >/dev/null; then
+            "$venv/uv/bin/pip" install -q uv || true
         fi
-        PATH="$PWD/.venv/uv/bin:$PATH"
+        PATH="$PWD/$venv/uv/bin:$PATH"
     fi
-    uv venv -q --seed --allow-existing --python 3.10 .venv && return
-    rm -rf .venv
-    echo "no Python 3.10 found: install it (python3.10 of your system's packages, pyenv install 3.10) or uv (pip install uv)" >&2
+    uv venv -q --seed --allow-existing --python "${versions%% *}" "$venv" && return
+    rm -rf "$venv"
+    echo "no Python $versions found: install one (python3.12 of your system's packages, pyenv) or uv (pip install uv)" >&2
     exit 1
 }
 
-if ! is_python_310 .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-    rm -rf .venv
+if ! has_version "$venv/bin/python" "$versions" || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    rm -rf "$venv"
     make_venv
 fi
 for requirements in "$@"; do
-    installed=".venv/installed-$(echo "$requirements" | tr / -)"
+    installed="$venv/installed-$(echo "$requirements" | tr / -)"
     cmp -s "$requirements" "$installed" && continue
-    .venv/bin/python -m pip install -q --disable-pip-version-check -r "$requirements"
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check -r "$requirements"
     cp "$requirements" "$installed"
 done

@@ -21,11 +21,22 @@ from kafka_server import KafkaServer
 
 PROJECT = Path(__file__).parent.parent
 SAMPLE_DATABASE = PROJECT / "misc" / "sample-city.mmdb"
+BROKER_SETTINGS = {
+    "group.initial.rebalance.delay.ms": "0",
+    "log.retention.ms": "-1",  # records keep their timestamps, which may be old
+    "offsets.topic.num.partitions": "4",
+    "transaction.state.log.num.partitions": "4",
+    "transaction.abort.timed.out.transaction.cleanup.interval.ms": "1000",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="let the faults be as long and as many as the README counts")
 
 
 @pytest.fixture(scope="session")
 def broker() -> Iterator[KafkaServer]:
-    with KafkaServer() as server:
+    with KafkaServer(settings=BROKER_SETTINGS) as server:
         yield server
 
 
@@ -65,13 +76,13 @@ class Topics(NamedTuple):
         consumer.close()
         return [(key, value) for _, key, value in sorted(records, key=lambda record: record[0])]
 
-    def end_offset(self, topic: str | None = None) -> int:
+    def end_offset(self, topic: str | None = None, isolation_level: str = "read_uncommitted") -> int:
         """How many records have been written to a topic, the output if it is not named."""
         topic = topic or self.output
         with self.admin() as admin:
             [found] = admin.describe_topics([topic])
             partitions = [TopicPartition(topic, partition["partition_index"]) for partition in found["partitions"]]
-            latest = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
+            latest = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST), isolation_level)
         return sum(offset.offset for offset in latest.values())
 
     def environment(self) -> dict[str, str]:

@@ -1,6 +1,5 @@
-"""The verbs of the fault tests: stream records in, kill and freeze and restart, count what came out."""
+"""The verbs of the fault tests: stream records in, start, stop, kill and freeze, and count what came out."""
 
-import bisect
 import ipaddress
 import json
 import os
@@ -10,17 +9,34 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, TopicPartition
+from kafka import KafkaProducer
 
-from conftest import PROJECT, SAMPLE_DATABASE, Topics, wait_until
+from conftest import BROKER_SETTINGS, PROJECT, SAMPLE_DATABASE, Topics, wait_until
 from kafka_server import KafkaServer, free_port
 
-FIRST_ADDRESS = int(ipaddress.IPv4Address("8.0.0.0"))  # record n has the n-th address after it, and so a name
+FIRST_ADDRESS = int(ipaddress.IPv4Address("8.0.0.0"))  # record n has the n-th address after it
 KEYS = 500
+STOP_SECONDS = 2
+# What people write first: offsets are committed by the clock, records wait for their turn.
+BARE_LOOP = """
+import sys
+from confluent_kafka import Consumer, Producer
+brokers, source, target = sys.argv[1:]
+group = {"group.id": "bare", "auto.offset.reset": "earliest", "auto.commit.interval.ms": 100, "session.timeout.ms": 6000}
+consumer = Consumer({"bootstrap.servers": brokers, "partition.assignment.strategy": "cooperative-sticky", **group})
+producer = Producer({"bootstrap.servers": brokers, "partitioner": "murmur2_random", "linger.ms": 1000})
+consumer.subscribe([source])
+while True:
+    for message in consumer.consume(1000, 0.1):
+        producer.produce(target, b'{"ip":"%s"}' % message.value(), message.key())
+    producer.poll(0)
+"""
 
 
 def record(number: int) -> tuple[bytes, bytes]:
@@ -28,73 +44,75 @@ def record(number: int) -> tuple[bytes, bytes]:
     return b"key-%d" % (number % KEYS), str(ipaddress.IPv4Address(FIRST_ADDRESS + number)).encode()
 
 
-@contextmanager
-def stream(topics: Topics, records: int, per_second: int, first: int = 0) -> Iterator[threading.Event]:
-    """Write numbered records at a rate while the block runs, and the rest of them before it ends.
+def number_of(value: bytes) -> int:
+    """The number of a record, from its value in the input or in the output."""
+    address = json.loads(value)["ip"] if value.startswith(b"{") else value.decode()
+    return int(ipaddress.IPv4Address(address)) - FIRST_ADDRESS
 
-    The last tenth comes slowly until the block sets the event or ends: on a slow machine too, the stream outlasts the
-    faults of a test.
+
+class Stream:
+    """Numbered records, written at a rate by a thread from its start until it is stopped.
+
+    By kafka-python: librdkafka's producer can stand still for ever when a leader is gone for a moment (librdkafka#5430).
     """
-    producer = Producer(
-        {
-            "bootstrap.servers": topics.address,
-            "enable.idempotence": True,
-            "message.timeout.ms": 0,
-            "partitioner": "murmur2_random",
-            "queue.buffering.max.messages": 1_000_000,
-        }
-    )
 
-    abandoned, hurry = threading.Event(), threading.Event()
+    def __init__(self, topics: Topics, per_second: int, first: int) -> None:
+        self.written = first
+        self._topic = topics.input
+        self._per_second = per_second
+        self._stopped = threading.Event()
+        patience = {"delivery_timeout_ms": 900_000, "max_block_ms": 900_000, "metadata_max_age_ms": 2000}
+        self._producer = KafkaProducer(
+            bootstrap_servers=topics.address.split(","), enable_idempotence=True, acks="all", linger_ms=5, **patience
+        )
+        self._thread = threading.Thread(target=self._write)
+        self._thread.start()
 
-    def write() -> None:
+    def _write(self) -> None:
         due = time.monotonic()
-        for count in range(records):
-            if abandoned.is_set():
-                return
-            key, value = record(first + count)
-            producer.produce(topics.input, value, key)
-            if count % 100 == 0:
-                producer.poll(0)
-                slower = 20 if count > 0.9 * records and not hurry.is_set() else 1
-                due += slower * 100 / per_second
-                time.sleep(max(0.0, due - time.monotonic()))
-        assert producer.flush(120) == 0
+        while not self._stopped.is_set():
+            for number in range(self.written, self.written + 50):
+                key, value = record(number)
+                self._producer.send(self._topic, key=key, value=value)
+            self.written += 50
+            due = max(due + 50 / self._per_second, time.monotonic() - 5)  # after a long wait do not write it all at once
+            self._stopped.wait(max(0.0, due - time.monotonic()))
 
-    thread = threading.Thread(target=write)
-    thread.start()
-    try:
-        yield hurry
-        hurry.set()
-    except BaseException:  # without this a failed test would leave a thread that no broker answers
-        abandoned.set()
-        producer.purge()
-        raise
-    finally:
-        thread.join()
+    def stop(self) -> int:
+        """Write no more; how many were written, once the broker has all of them."""
+        self._stopped.set()
+        self._thread.join()
+        self._producer.flush(300)
+        self._producer.close()
+        return self.written
+
+    def abandon(self) -> None:
+        """Leave what is not written yet: without this a failed test leaves a thread that knocks at a dead broker."""
+        self._stopped.set()
+        self._producer._sender.force_close()
+        self._thread.join(10)
+        self._producer.close(timeout=1)
 
 
-class Output:
-    """Reads the output topic from its beginning, and counts."""
+class Tally:
+    """Counts the numbered records of a topic, from its beginning, as a read_committed consumer sees them."""
 
-    def __init__(self, topics: Topics) -> None:
-        self.counts: Counter[int] = Counter()
+    def __init__(self, topics: Topics, topic: str) -> None:
+        self.seen: Counter[int] = Counter()
+        self.newest = -1
         self.out_of_order = 0
         self._last: dict[bytes, int] = {}
-        self._written_at: list[float] = []
-        self._topic = topics.output
-        self._next: dict[int, int] = {}
-        self._consumer = Consumer(
-            {"bootstrap.servers": topics.address, "group.id": "not used", "enable.auto.commit": False}
-        )
+        self._partitions: dict[int, bool] = {}  # whether its end was reached
+        reading = {"group.id": "not used", "isolation.level": "read_committed", "enable.partition.eof": True}
+        self._consumer = Consumer({"bootstrap.servers": topics.address, "enable.auto.commit": False, **reading})
 
         def find_partitions() -> bool:  # of several brokers not all know a new topic at once
-            found = self._consumer.list_topics(topics.output, 10).topics[topics.output].partitions
-            self._next = dict.fromkeys(found, 0)
+            found = self._consumer.list_topics(topic, 10).topics[topic].partitions
+            self._partitions = dict.fromkeys(found, False)
             return bool(found)
 
         wait_until(find_partitions)
-        self._consumer.assign([TopicPartition(topics.output, partition, 0) for partition in self._next])
+        self._consumer.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in self._partitions])
 
     def read(self, seconds: float) -> None:
         """Count what arrives within some seconds, or the first ten thousand records of it."""
@@ -102,143 +120,198 @@ class Output:
             error = message.error()
             if error:
                 assert not error.fatal(), error
+                if error.code() == KafkaError._PARTITION_EOF:
+                    self._partitions[message.partition() or 0] = True
                 continue
-            number = int(ipaddress.IPv4Address(json.loads(message.value() or b"")["ip"])) - FIRST_ADDRESS
-            key = message.key() or b""
+            number, key = number_of(message.value() or b""), message.key() or b""
             assert key == record(number)[0]
-            if number not in self.counts:
+            if number not in self.seen:
                 self.out_of_order += number < self._last.get(key, -1)
                 self._last[key] = number
-            self.counts[number] += 1
-            self._written_at.append(message.timestamp()[1] / 1000)
-            self._next[message.partition() or 0] = (message.offset() or 0) + 1
+            self.seen[number] += 1
+            self.newest = max(number, self.newest)
 
-    def read_for(self, seconds: float) -> None:
-        """Read for some seconds."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            self.read(0.1)
-
-    def read_to_end(self) -> None:
-        """Read all that lies on the topic now."""
-        for partition, offset in list(self._next.items()):
-            _, end = self._consumer.get_watermark_offsets(TopicPartition(self._topic, partition), 10)
-            give_up = time.monotonic() + 60
-            while max(offset, self._next[partition]) < end:
-                assert time.monotonic() < give_up
-                self.read(0.2)
-
-    def read_until_quiet(self, seconds: float = 10) -> None:
-        """Read until nothing has come for some seconds."""
-        before = -1
-        while before < len(self._written_at):
-            before = len(self._written_at)
-            self.read_for(seconds)
-
-    def wait_for(self, records: int, seconds: float = 480) -> None:
-        """Read until there are so many distinct records."""
-        give_up = time.monotonic() + seconds
-        while len(self.counts) < records:
-            assert time.monotonic() < give_up, f"{len(self.counts)} of {records} records after {seconds} s"
+    def read_to_end(self) -> "Tally":
+        """Count all there is, and close."""
+        give_up = time.monotonic() + 120
+        while not all(self._partitions.values()):
+            assert time.monotonic() < give_up, "the end of a topic was not reached"
             self.read(0.2)
-
-    def wait_for_more(self, seconds: float = 180) -> None:
-        """Read until there is at least one new record."""
-        self.wait_for(len(self.counts) + 1, seconds)
-
-    def written_since(self, moment: float) -> int:
-        """Count the records written after a moment of time.time."""
-        return len(self._written_at) - bisect.bisect(sorted(self._written_at), moment)
+        self.close()
+        return self
 
     @property
-    def duplicates(self) -> int:
-        return sum(self.counts.values()) - len(self.counts)
+    def doubled(self) -> int:
+        return sum(self.seen.values()) - len(self.seen)
 
     def close(self) -> None:
         self._consumer.close()
 
 
-class Service:
-    """kafka_enrich.py in following mode, one process or several, as a supervisor runs it."""
+@dataclass
+class Copy:
+    """One copy of the script that was started, with the processes that it started itself."""
 
-    def __init__(self, topics: Topics, log: Path, environments: Sequence[dict[str, str]]) -> None:
-        self._log = log
-        self._environments = [
-            {
-                "PATH": os.environ["PATH"],
-                "KAFKA_TAIL": "1",
-                "GEOIP_DATABASE": str(SAMPLE_DATABASE),
-                **topics.environment(),
-                **environment,
-            }
-            for environment in environments
-        ]
-        self.processes: list[subprocess.Popen[bytes]] = []
+    process: "subprocess.Popen[bytes]"
+    environment: dict[str, str]
+    log: Path
 
-    def start(self) -> None:
-        with open(self._log, "ab") as log:
-            self.processes = [
-                subprocess.Popen([sys.executable, str(PROJECT / "kafka_enrich.py")], env=environment, stderr=log)
-                for environment in self._environments
-            ]
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
 
-    def kill(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def stop(self) -> list[int]:
-        """Stop all with SIGTERM; their exit codes."""
-        for process in self.processes:
-            process.send_signal(signal.SIGTERM)
-        return [process.wait(20) for process in self.processes]
-
-    def wait(self, seconds: float = 30) -> list[int]:
-        """Wait until all have ended by themselves; their exit codes."""
-        return [process.wait(seconds) for process in self.processes]
-
-    def log(self) -> str:
-        return self._log.read_text(errors="replace")
-
-    def megabytes(self) -> int:
-        """Resident memory of the largest process, as Linux tells it."""
-        sizes = [
-            int(line.split()[1])
-            for process in self.processes
-            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            if line.startswith("VmRSS:")
-        ]
-        return max(sizes) // 1024
+    def family(self, having: str = "") -> dict[int, int]:
+        """The resident MB of each living process of its session by process id, of those with a word in their command."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                command, status, stat = [(folder / name).read_text() for name in ("cmdline", "status", "stat")]
+            except OSError:  # it has just ended
+                continue
+            memory = [int(line.split()[1]) // 1024 for line in status.splitlines() if line.startswith("VmRSS:")]
+            # A process that has ended and waits for its parent to ask has no memory.
+            if memory and having in command and int(stat.rpartition(")")[2].split()[3]) == self.process.pid:
+                found[int(folder.name)] = memory[0]
+        return found
 
 
-@contextmanager
-def service(topics: Topics, log: Path, *environments: dict[str, str]) -> Iterator[Service]:
-    """A service of one process, or of one for each environment, that is started with the block and ends with it."""
-    running = Service(topics, log, environments or [{}])
-    running.start()
-    try:
-        yield running
-    finally:
-        running.kill()
+class Trial:
+    """One fault: records that are written, copies of kafka_enrich.py that follow them, and what has come out."""
+
+    def __init__(self, topics: Topics, guarantee: str, folder: Path, per_second: int) -> None:
+        self.topics = topics
+        self.copies: list[Copy] = []
+        self.supervised = False  # whether a copy that ends with exit code 1 is started again
+        self.restarts = 0
+        self.guarantee = guarantee
+        self._per_second = per_second
+        self._folder = folder
+        self._started = 0
+        self._stream: Stream | None = None
+        self._written = 0
+        self._output = Tally(topics, topics.output)
+
+    def __enter__(self) -> "Trial":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for copy in self.copies:
+            os.killpg(copy.process.pid, signal.SIGKILL)
+            copy.process.wait()
+        if self._stream:
+            self._stream.abandon()
+        self._output.close()
+
+    @property
+    def written(self) -> int:
+        return self._stream.written if self._stream else self._written
+
+    def write(self, count: int) -> None:
+        """Write so many records at once."""
+        self.topics.write([record(number) for number in range(self._written, self._written + count)])
+        self._written += count
+
+    def stream(self) -> None:
+        """Write records at a rate from now on."""
+        self._stream = Stream(self.topics, self._per_second, self._written)
+
+    def end_stream(self) -> None:
+        """Write no more."""
+        if self._stream:
+            self._written, self._stream = self._stream.stop(), None
+
+    def start(self, **environment: str) -> Copy:
+        """Start a copy that follows the topic, or does what the environment says."""
+        defaults = {"KAFKA_TAIL": "1", "DELIVERY_GUARANTEE": self.guarantee, "GEOIP_DATABASE": str(SAMPLE_DATABASE)}
+        environment = {"PATH": os.environ["PATH"], **defaults, **self.topics.environment(), **environment}
+        log = self._folder / f"copy-{self._started}.log"
+        self._started += 1
+        self.copies.append(Copy(run(log, str(PROJECT / "kafka_enrich.py"), env=environment), environment, log))
+        return self.copies[-1]
+
+    def kill(self, copy: Copy) -> None:
+        self.copies.remove(copy)
+        os.killpg(copy.process.pid, signal.SIGKILL)
+        copy.process.wait()
+
+    def stop(self, *copies: Copy) -> None:
+        """Stop copies with SIGTERM, and see that they end in good order and in time."""
+        for copy in copies:
+            self.copies.remove(copy)
+            copy.process.terminate()
+        began = time.monotonic()
+        for copy in copies:
+            assert copy.process.wait(30) == 0, copy.text()[-2000:]
+        assert time.monotonic() - began < STOP_SECONDS, f"a stop took {time.monotonic() - began:.1f} s"
+
+    def ended(self, copy: Copy, exit_code: int, seconds: float = 60) -> str:
+        """Wait until a copy has ended by itself, with this exit code and nothing left behind; its log."""
+        self.copies.remove(copy)
+        assert copy.process.wait(seconds) == exit_code, copy.text()[-2000:]
+        wait_until(lambda: not copy.family(), STOP_SECONDS)
+        return copy.text()
+
+    def read(self, seconds: float) -> None:
+        """Read the output for some seconds, as a supervisor with an eye on the copies."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self._output.read(0.1)
+            for copy in [copy for copy in self.copies if copy.process.poll() is not None]:
+                assert self.supervised, f"a copy ended by itself: {copy.text()[-2000:]}"
+                self.ended(copy, 1)
+                self.restarts += 1
+                self.start(**copy.environment)
+
+    def wait_for(self, numbers: set[int] | range, seconds: float = 180) -> None:
+        """Read until these records are out."""
+        give_up = time.monotonic() + seconds
+        while lost := len(numbers) - len(self._output.seen.keys() & set(numbers)):
+            assert time.monotonic() < give_up, f"{lost} of {len(numbers)} records not out after {seconds} s"
+            self.read(0.2)
+
+    def wait_for_new(self, seconds: float = 60) -> None:
+        """Read until a record is out that is written from now on."""
+        give_up, newest = time.monotonic() + seconds, self.written
+        while self._output.newest < newest:
+            assert time.monotonic() < give_up, f"no new record out after {seconds} s"
+            self.read(0.1)
+
+    def wait_for_readers(self) -> None:
+        """Read until every copy reads partitions."""
+        for copy in self.copies:
+            wait_until(lambda copy=copy: "reads partitions [" in copy.text())  # type: ignore[misc]
+
+    def finish(
+        self, fault: str, expected: set[int] | None = None, ordered: bool = True, never_doubled: bool = False
+    ) -> None:
+        """Let all that was written come out, stop, and count: nothing is lost, and with exactly once nothing is doubled."""
+        self.end_stream()
+        numbers = set(range(self._written)) if expected is None else expected
+        self.wait_for(numbers)
+        self.stop(*self.copies)
+        put, out = self.count()
+        print(f"{fault} ({self.guarantee}): {len(numbers)} in, {len(out.seen)} out, {out.doubled} doubled")
+        print(f"started again after exit code 1: {self.restarts}")
+        assert put.doubled == 0, "the stream of the test is at fault"
+        assert out.seen.keys() == numbers
+        assert out.out_of_order == 0 or not ordered
+        assert out.doubled == 0 or (self.guarantee == "at_least_once" and not never_doubled)
+
+    def count(self) -> tuple[Tally, Tally]:
+        """Count the input and the output anew, once no transaction is open."""
+
+        def settled() -> bool:
+            return self.topics.end_offset() == self.topics.end_offset(isolation_level="read_committed")
+
+        wait_until(settled, 60)
+        return Tally(self.topics, self.topics.input).read_to_end(), Tally(self.topics, self.topics.output).read_to_end()
 
 
-@contextmanager
-def plain_flow(topics: Topics, mode: str, *properties: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The same wiring with the engine's own defaults, for the length of the block."""
-    command = [
-        sys.executable,
-        str(PROJECT / "tests" / "plain_flow.py"),
-        topics.address,
-        topics.input,
-        topics.output,
-        mode,
-    ]
-    process = subprocess.Popen([*command, *properties], stderr=subprocess.DEVNULL)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+def run(log: Path, *arguments: str, env: dict[str, str] | None = None) -> "subprocess.Popen[bytes]":
+    """Start Python in a session of its own, so that a signal can reach it and all that it starts."""
+    with open(log, "wb") as output:
+        return subprocess.Popen(
+            [sys.executable, *arguments], env=env, stdout=output, stderr=output, start_new_session=True
+        )
 
 
 @contextmanager
@@ -250,6 +323,7 @@ def three_brokers() -> Iterator[list[KafkaServer]]:
         KafkaServer(
             port,
             settings={
+                **BROKER_SETTINGS,
                 "node.id": str(node),
                 "controller.quorum.voters": ",".join(f"{n}@localhost:{c}" for n, c in enumerate(controllers, 1)),
                 "listeners": f"PLAINTEXT://localhost:{port},CONTROLLER://localhost:{controllers[node - 1]}",
