@@ -164,7 +164,6 @@ REFUSALS = {
     KafkaError._UNKNOWN_PARTITION,
     KafkaError._UNKNOWN_TOPIC,
 }
-PURGED = {KafkaError._PURGE_INFLIGHT, KafkaError._PURGE_QUEUE}  # of a producer that was given up
 REBALANCING = {KafkaError.ILLEGAL_GENERATION, KafkaError.REBALANCE_IN_PROGRESS, KafkaError.UNKNOWN_MEMBER_ID}
 
 
@@ -182,20 +181,23 @@ class Worker:
     producer: Producer
     connect_producer: "Callable[[], Producer]"
 
-    def __init__(self, settings: "Settings", name: str, stop: threading.Event) -> None:
+    def __init__(self, settings: "Settings", process: str, number: int, stop: threading.Event) -> None:
         """Connect nothing yet.
 
         Args:
             settings: all of them.
-            name: in logs, and of its transactions: no other worker of the group has it.
+            process: a name that no other process of the group has.
+            number: of this worker in its process.
             stop: set when the program is to end.
         """
-        self.settings, self.name, self.stop = settings, name, stop
+        self.settings, self.number, self.stop = settings, number, stop
+        self.name = f"{process}-{number}"  # in logs and of transactions
         self.under_way = 0  # records that were read and that the output has not taken
         self.produced: dict[int, int] = {}  # by partition: the offset after the last record that was produced
         self.committed: dict[int, int] = {}
         self.broken: str | None = None  # why everything since the last commit has to be done again
         self.refused: RunError | None = None
+        self.batch_refused = self.one_by_one = False  # after a batch was refused records are sent one by one
         self.pending: Counter[str] = Counter()  # results since the last commit
         self.counts: Counter[str] = Counter()  # results that are committed
         self.commits = self.rebalances = 0
@@ -223,13 +225,13 @@ class Worker:
         if self.broken or not offsets:
             return not self.broken
         try:
+            self.flush()
             if self.settings.exactly_once:
                 member = self.consumer.consumer_group_metadata()  # with it the brokers refuse who is no member any more
                 within(COMMIT_LIMIT, self.producer.send_offsets_to_transaction, offsets, member, COMMIT_LIMIT)
                 within(COMMIT_LIMIT, self.producer.commit_transaction, COMMIT_LIMIT)
                 self.producer.begin_transaction()
             else:
-                self.flush()
                 within(COMMIT_LIMIT, commit_offsets, self.consumer, offsets)
         except (KafkaException, TimeoutError) as error:
             self.not_committed(error)
@@ -243,27 +245,31 @@ class Worker:
         return True
 
     def flush(self) -> None:
-        """Wait until the brokers have acknowledged every record that was produced."""
+        """Wait until the brokers have acknowledged every record that was produced.
+
+        A transaction's commit would do that too, but does not notice before its time-out that one was refused.
+        """
         limit, unacknowledged = time.monotonic() + COMMIT_LIMIT, len(self.producer)
         while left := self.producer.flush(0.5):
             if left < unacknowledged:
                 limit, unacknowledged = time.monotonic() + COMMIT_LIMIT, left
             if self.refused or self.broken or time.monotonic() > limit:
-                raise TimeoutError(self.broken or f"no record was acknowledged for {COMMIT_LIMIT:.0f} s")
-        if self.refused or self.broken:
-            raise TimeoutError(self.broken)
+                break
+        if left or self.refused or self.broken:
+            raise TimeoutError(self.broken or f"no record was acknowledged for {COMMIT_LIMIT:.0f} s")
 
     def not_committed(self, error: KafkaException | TimeoutError) -> None:
         """Say what follows from a commit that failed."""
         if self.refused:
             raise self.refused
         reason, code = reason_of(error), code_of(error)
-        if code in REFUSALS:
+        if code in REFUSALS and self.one_by_one:
             raise RunError(f"group {self.settings.group!r}: offsets cannot be committed: {reason}")
         # Whether a transaction took effect may be unknown: a new producer puts an end to it, and then the group's
         # offsets tell. Offsets alone are just committed the next time.
         if self.settings.exactly_once or isinstance(error, TimeoutError):
             self.broken = reason
+            self.batch_refused = self.batch_refused or code in REFUSALS
         if code in REBALANCING:
             log.info("worker %s does again what it had not committed: %s", self.name, reason)
         else:
@@ -275,6 +281,7 @@ class Worker:
         Raises:
             KafkaException, TimeoutError: Kafka does not answer; the worker is still broken.
         """
+        self.one_by_one = self.one_by_one or self.batch_refused
         old, self.producer = self.producer, self.connect_producer()
         threading.Thread(target=retire, args=[old], daemon=True).start()
         self.begin_transactions()
@@ -293,16 +300,20 @@ class Worker:
             within(COMMIT_LIMIT, self.producer.init_transactions, COMMIT_LIMIT)
             self.producer.begin_transaction()
 
-    def undelivered(self, record: Message, error: KafkaError, _output: Message) -> None:
+    def undelivered(self, producer: Producer, record: Message, error: KafkaError, _output: Message) -> None:
         """Take the report of a record that did not get to the output topic; of the others there is none."""
-        if error.code() in REFUSALS:
+        if producer is not self.producer:  # it was given up, and its records are done again
+            return
+        if error.code() in REFUSALS and self.one_by_one:
             topic, partition, offset = record.topic(), record.partition(), record.offset() or 0
             self.refused = self.refused or RunError(
                 f"{topic}[{partition}] offset {offset} is refused by topic {self.settings.kafka_output_topic!r}: "
                 f"{error.str()}; mend that (max.message.bytes?), or skip the record: kafka-consumer-groups.sh --group "
                 f"{self.settings.group} --topic {topic}:{partition} --reset-offsets --to-offset {offset + 1} --execute"
             )
-        elif error.code() not in PURGED:
+        else:
+            # All records of a batch have the same report, so only one by one do they tell which was refused.
+            self.batch_refused = self.batch_refused or error.code() in REFUSALS
             self.broken = self.broken or error.str()
 
     def assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -435,7 +446,8 @@ class KafkaInput(StatelessSourcePartition[Message]):
         """Connect a consumer, note the ends of a bounded run, and join the group."""
         self._worker, settings = worker, worker.settings
         worker.consumer = self._consumer = Consumer(
-            {**consumer_properties(settings, brokers), "error_cb": worker.complain}, logger=LIBRDKAFKA_LOG
+            {**consumer_properties(settings, brokers, worker.number), "error_cb": worker.complain},
+            logger=LIBRDKAFKA_LOG,
         )
         # A look-up over HTTP may take seconds, and between two batches the group and a stop get their turn.
         self._batch_size = 1_000 if settings.geoip_database else 1
@@ -575,50 +587,53 @@ class KafkaOutput(StatelessSinkPartition[Enriched]):
         """Connect a producer, and begin its first transaction where there are any."""
         self._worker, self._topic = worker, topic
         properties = producer_properties(worker.settings, brokers, worker.name)
-        worker.connect_producer = lambda: Producer({**properties, "error_cb": worker.complain}, logger=LIBRDKAFKA_LOG)
-        worker.producer = worker.connect_producer()
+
+        def connect() -> Producer:
+            batch = {"batch.num.messages": 1} if worker.one_by_one else {}
+            return Producer({**properties, **batch, "error_cb": worker.complain}, logger=LIBRDKAFKA_LOG)
+
+        worker.connect_producer = connect
+        worker.producer = connect()
         worker.begin_transactions()
 
     def write_batch(self, items: list[Enriched]) -> None:
         """Produce records, each with the key, the headers and the timestamp of what came in."""
         worker, topic = self._worker, self._topic
-        produce, produced, pending, undelivered = (
-            worker.producer.produce,
-            worker.produced,
-            worker.pending,
-            worker.undelivered,
-        )
+        producer, produced, pending = worker.producer, worker.produced, worker.pending
+        report = functools.partial(worker.undelivered, producer)
         worker.under_way -= len(items)
         try:
             for record, (value, result) in items:
-                report = functools.partial(undelivered, record)
-                _, milliseconds = record.timestamp()
+                produce = functools.partial(
+                    producer.produce,
+                    topic,
+                    value,
+                    record.key(),
+                    on_delivery=functools.partial(report, record),
+                    timestamp=max(record.timestamp()[1], 0),  # a record without one has -1, and 0 is now
+                    headers=record.headers(),
+                )
                 while True:
                     try:
-                        produce(
-                            topic,
-                            value,
-                            record.key(),
-                            on_delivery=report,
-                            timestamp=milliseconds,
-                            headers=record.headers(),
-                        )
+                        produce()
                         break
                     except BufferError:  # the queue is full: wait for the brokers
-                        worker.producer.poll(0.1)
+                        producer.poll(0.1)
                 produced[record.partition() or 0] = (record.offset() or 0) + 1
                 pending[result] += 1
-            worker.producer.poll(0)
+            producer.poll(0)
         except KafkaException as error:  # the transaction has failed already, and all of it is done again
-            worker.undelivered(record, error.args[0], record)
+            report(record, error.args[0], record)
 
 
 LIBRDKAFKA_LOG = logging.getLogger("kafka_enrich.librdkafka")  # some twenty lines a second while a broker is away
 
 
-def consumer_properties(settings: "Settings", brokers: str) -> dict[str, Any]:
-    """Choose the properties of a consumer; librdkafka's CONFIGURATION.md says what they mean."""
+def consumer_properties(settings: "Settings", brokers: str, number: int) -> dict[str, Any]:
+    """Choose the properties of a worker's consumer; librdkafka's CONFIGURATION.md says what they mean."""
     chosen = {**settings.kafka_client, **settings.kafka_consumer}
+    if "group.instance.id" in chosen and settings.bytewax_workers_per_process > 1:
+        chosen["group.instance.id"] += f"-{number}"
     classic = {
         "partition.assignment.strategy": "cooperative-sticky",
         "session.timeout.ms": 10_000,  # how long the partitions of a killed copy rest
@@ -709,7 +724,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="upper"):
     kafka_client: dict[str, str] = {}
     kafka_consumer: dict[str, str] = {}
     kafka_producer: dict[str, str] = {}
-    instance: int = 0  # of several processes on this machine
 
     @property
     def group(self) -> str:
@@ -739,9 +753,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="upper"):
 
 SECRET = ("ipapi_key",)
 NAMES = {
-    name.upper(): name
-    for name in Settings.__struct_fields__
-    if not name.endswith(("client", "consumer", "producer", "instance"))
+    name.upper(): name for name in Settings.__struct_fields__ if not name.endswith(("client", "consumer", "producer"))
 }
 PROPERTIES = {"KAFKA_CLIENT_": "kafka_client", "KAFKA_CONSUMER_": "kafka_consumer", "KAFKA_PRODUCER_": "kafka_producer"}
 FORMER = {
@@ -1334,7 +1346,7 @@ def check_kafka(settings: Settings) -> None:
     said: list[KafkaError] = []
     try:
         Producer(producer_properties(settings, settings.kafka_brokers, "check"), logger=LIBRDKAFKA_LOG)
-        properties = consumer_properties(settings, settings.kafka_brokers)
+        properties = consumer_properties(settings, settings.kafka_brokers, 0)
         properties.pop("group.instance.id", None)  # it is a member's, and this one only asks
         consumer = Consumer({**properties, "error_cb": said.append}, logger=LIBRDKAFKA_LOG)
         admin = AdminClient(
@@ -1428,7 +1440,7 @@ def run_process(settings: Settings, opened: "tuple[Locations, float | None]") ->
     stop, received = stop_on_signals()
     locations, built = opened
     name = f"{socket.gethostname()}-{free_slot(settings.group)}"
-    workers = [Worker(settings, f"{name}-{number}", stop) for number in range(settings.bytewax_workers_per_process)]
+    workers = [Worker(settings, name, number, stop) for number in range(settings.bytewax_workers_per_process)]
     if settings.metrics_port:
         serve_metrics(settings.metrics_port, Metrics(workers, locations, built))
     threading.Thread(target=report, args=[workers, locations], daemon=True).start()
@@ -1530,8 +1542,11 @@ def run_processes(settings: Settings) -> int:
 
 def its_settings(settings: Settings, number: int) -> Settings:
     """Give one of several processes a port and a group instance of its own."""
+    consumer = {**settings.kafka_client, **settings.kafka_consumer}
+    if "group.instance.id" in consumer:
+        consumer["group.instance.id"] += f"-{number}"
     port = settings.metrics_port and settings.metrics_port + number
-    return msgspec.structs.replace(settings, processes=1, metrics_port=port, instance=number)
+    return msgspec.structs.replace(settings, processes=1, metrics_port=port, kafka_consumer=consumer)
 
 
 def run_child(settings: Settings) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import OffsetSpec
+from kafka.producer.future import RecordMetadata
 
 from kafka_server import KafkaServer
 
@@ -55,11 +56,12 @@ class Topics(NamedTuple):
         with self.admin() as admin:
             admin.create_topics({topic: options}, wait_for_metadata=True)
 
-    def write(self, records: Sequence[tuple[bytes | None, bytes | None]]) -> None:
-        with KafkaProducer(bootstrap_servers=self.address, max_request_size=2_000_000) as producer:
-            sent = [producer.send(self.input, key=key, value=value) for key, value in records]
-            for future in sent:
-                future.get(timeout=30)
+    def write(
+        self, records: Sequence[tuple[bytes | None, bytes | None]], headers: Sequence[tuple[str, bytes]] = ()
+    ) -> list[RecordMetadata]:
+        with KafkaProducer(bootstrap_servers=self.address.split(","), max_request_size=2_000_000) as producer:
+            sent = [producer.send(self.input, key=key, value=value, headers=list(headers)) for key, value in records]
+            return [future.get(timeout=30) for future in sent]
 
     def read(self, topic: str | None = None) -> list[tuple[bytes | None, bytes | None]]:
         """All records of a topic, each partition's in its order."""

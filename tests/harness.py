@@ -9,13 +9,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Message, TopicPartition
 from kafka import KafkaProducer
+from kafka.producer.future import RecordMetadata
 
 from conftest import BROKER_SETTINGS, PROJECT, SAMPLE_DATABASE, Topics, wait_until
 from kafka_server import KafkaServer, free_port
@@ -75,7 +76,9 @@ class Stream:
                 key, value = record(number)
                 self._producer.send(self._topic, key=key, value=value)
             self.written += 50
-            due = max(due + 50 / self._per_second, time.monotonic() - 5)  # after a long wait do not write it all at once
+            due = max(
+                due + 50 / self._per_second, time.monotonic() - 5
+            )  # after a long wait do not write it all at once
             self._stopped.wait(max(0.0, due - time.monotonic()))
 
     def stop(self) -> int:
@@ -94,35 +97,57 @@ class Stream:
         self._producer.close(timeout=1)
 
 
-class Tally:
-    """Counts the numbered records of a topic, from its beginning, as a read_committed consumer sees them."""
+class Reader:
+    """Reads a topic from its beginning, as a read_committed consumer sees it."""
 
     def __init__(self, topics: Topics, topic: str) -> None:
-        self.seen: Counter[int] = Counter()
-        self.newest = -1
-        self.out_of_order = 0
-        self._last: dict[bytes, int] = {}
-        self._partitions: dict[int, bool] = {}  # whether its end was reached
+        self._ended: dict[int | None, bool] = {}  # whether the end of each partition was reached
         reading = {"group.id": "not used", "isolation.level": "read_committed", "enable.partition.eof": True}
         self._consumer = Consumer({"bootstrap.servers": topics.address, "enable.auto.commit": False, **reading})
 
         def find_partitions() -> bool:  # of several brokers not all know a new topic at once
-            found = self._consumer.list_topics(topic, 10).topics[topic].partitions
-            self._partitions = dict.fromkeys(found, False)
-            return bool(found)
+            self._ended = dict.fromkeys(self._consumer.list_topics(topic, 10).topics[topic].partitions, False)
+            return bool(self._ended)
 
         wait_until(find_partitions)
-        self._consumer.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in self._partitions])
+        self._consumer.assign([TopicPartition(topic, number or 0, OFFSET_BEGINNING) for number in self._ended])
 
-    def read(self, seconds: float) -> None:
-        """Count what arrives within some seconds, or the first ten thousand records of it."""
+    def read(self, seconds: float) -> list[Message]:
+        """What arrives within some seconds, or the first ten thousand records of it."""
+        messages = []
         for message in self._consumer.consume(10_000, seconds):
             error = message.error()
-            if error:
-                assert not error.fatal(), error
-                if error.code() == KafkaError._PARTITION_EOF:
-                    self._partitions[message.partition() or 0] = True
-                continue
+            assert not error or not error.fatal(), error
+            if not error:
+                messages.append(message)
+            elif error.code() == KafkaError._PARTITION_EOF:
+                self._ended[message.partition()] = True
+        return messages
+
+    def read_all(self) -> Iterator[Message]:
+        """All there is, and close."""
+        give_up = time.monotonic() + 120
+        while not all(self._ended.values()):
+            assert time.monotonic() < give_up, "the end of a topic was not reached"
+            yield from self.read(0.2)
+        self.close()
+
+    def close(self) -> None:
+        self._consumer.close()
+
+
+class Tally:
+    """Counts numbered records."""
+
+    def __init__(self, messages: Iterable[Message] = ()) -> None:
+        self.seen: Counter[int] = Counter()
+        self.newest = -1
+        self.out_of_order = 0  # of first sightings, within a key
+        self._last: dict[bytes, int] = {}
+        self.add(messages)
+
+    def add(self, messages: Iterable[Message]) -> None:
+        for message in messages:
             number, key = number_of(message.value() or b""), message.key() or b""
             assert key == record(number)[0]
             if number not in self.seen:
@@ -131,21 +156,9 @@ class Tally:
             self.seen[number] += 1
             self.newest = max(number, self.newest)
 
-    def read_to_end(self) -> "Tally":
-        """Count all there is, and close."""
-        give_up = time.monotonic() + 120
-        while not all(self._partitions.values()):
-            assert time.monotonic() < give_up, "the end of a topic was not reached"
-            self.read(0.2)
-        self.close()
-        return self
-
     @property
     def doubled(self) -> int:
         return sum(self.seen.values()) - len(self.seen)
-
-    def close(self) -> None:
-        self._consumer.close()
 
 
 @dataclass
@@ -188,7 +201,8 @@ class Trial:
         self._started = 0
         self._stream: Stream | None = None
         self._written = 0
-        self._output = Tally(topics, topics.output)
+        self._reader = Reader(topics, topics.output)
+        self._out = Tally()
 
     def __enter__(self) -> "Trial":
         return self
@@ -199,16 +213,17 @@ class Trial:
             copy.process.wait()
         if self._stream:
             self._stream.abandon()
-        self._output.close()
+        self._reader.close()
 
     @property
     def written(self) -> int:
         return self._stream.written if self._stream else self._written
 
-    def write(self, count: int) -> None:
-        """Write so many records at once."""
-        self.topics.write([record(number) for number in range(self._written, self._written + count)])
+    def write(self, count: int, headers: Sequence[tuple[str, bytes]] = ()) -> list[RecordMetadata]:
+        """Write so many records at once; where they lie."""
+        numbers = range(self._written, self._written + count)
         self._written += count
+        return self.topics.write([record(number) for number in numbers], headers)
 
     def stream(self) -> None:
         """Write records at a rate from now on."""
@@ -222,7 +237,7 @@ class Trial:
     def start(self, **environment: str) -> Copy:
         """Start a copy that follows the topic, or does what the environment says."""
         defaults = {"KAFKA_TAIL": "1", "DELIVERY_GUARANTEE": self.guarantee, "GEOIP_DATABASE": str(SAMPLE_DATABASE)}
-        environment = {"PATH": os.environ["PATH"], **defaults, **self.topics.environment(), **environment}
+        environment = {"PATH": os.environ["PATH"], **self.topics.environment(), **defaults, **environment}
         log = self._folder / f"copy-{self._started}.log"
         self._started += 1
         self.copies.append(Copy(run(log, str(PROJECT / "kafka_enrich.py"), env=environment), environment, log))
@@ -254,7 +269,7 @@ class Trial:
         """Read the output for some seconds, as a supervisor with an eye on the copies."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            self._output.read(0.1)
+            self._out.add(self._reader.read(0.1))
             for copy in [copy for copy in self.copies if copy.process.poll() is not None]:
                 assert self.supervised, f"a copy ended by itself: {copy.text()[-2000:]}"
                 self.ended(copy, 1)
@@ -263,15 +278,15 @@ class Trial:
 
     def wait_for(self, numbers: set[int] | range, seconds: float = 180) -> None:
         """Read until these records are out."""
-        give_up = time.monotonic() + seconds
-        while lost := len(numbers) - len(self._output.seen.keys() & set(numbers)):
-            assert time.monotonic() < give_up, f"{lost} of {len(numbers)} records not out after {seconds} s"
+        give_up, missing = time.monotonic() + seconds, list(numbers)
+        while missing := [number for number in missing if number not in self._out.seen]:
+            assert time.monotonic() < give_up, f"{len(missing)} of {len(numbers)} records not out after {seconds} s"
             self.read(0.2)
 
     def wait_for_new(self, seconds: float = 60) -> None:
         """Read until a record is out that is written from now on."""
         give_up, newest = time.monotonic() + seconds, self.written
-        while self._output.newest < newest:
+        while self._out.newest < newest:
             assert time.monotonic() < give_up, f"no new record out after {seconds} s"
             self.read(0.1)
 
@@ -303,7 +318,8 @@ class Trial:
             return self.topics.end_offset() == self.topics.end_offset(isolation_level="read_committed")
 
         wait_until(settled, 60)
-        return Tally(self.topics, self.topics.input).read_to_end(), Tally(self.topics, self.topics.output).read_to_end()
+        put, out = (Reader(self.topics, topic) for topic in (self.topics.input, self.topics.output))
+        return Tally(put.read_all()), Tally(out.read_all())
 
 
 def run(log: Path, *arguments: str, env: dict[str, str] | None = None) -> "subprocess.Popen[bytes]":

@@ -1,352 +1,452 @@
-"""What the README promises of following a topic: one fault after the other, every record counted in and out."""
+"""What the README promises of faults: one after the other, every record counted in and out."""
 
+import itertools
+import json
 import os
-import time
+import random
+import re
+import signal
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+from confluent_kafka import Message, Producer
 from kafka import TopicPartition
+from kafka.admin import ConfigResource, ConfigResourceType, OffsetSpec
 
-from conftest import Topics, wait_until
-from harness import Output, plain_flow, service, stream, three_brokers
-from kafka_server import KafkaServer, free_port
+from conftest import BROKER_SETTINGS, Api, Reply, Topics, wait_until
+from harness import BARE_LOOP, STOP_SECONDS, Copy, Reader, Trial, record, run, three_brokers
+from kafka_server import KafkaServer
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.timeout(1800),
+    # kafka-python leaves the sockets to brokers that are gone to the garbage collector.
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+]
+PARTITIONS = 6
+INSTANCE = {"KAFKA_CONSUMER_GROUP_INSTANCE_ID": "first"}  # without it a killed copy's partitions rest for 10 s
+
+
+class Counts(NamedTuple):
+    """How often and how long: in CI, and with --whole as the README's table has it."""
+
+    per_second: int = 2_000
+    kills: int = 3
+    chaos: int = 5
+    overlaps: tuple[int, ...] = (2, 4)
+    freezes: tuple[int, ...] = (12,)
+    outages: tuple[int, ...] = (5,)
+    soak_periods: int = 3
+    soak_seconds: int = 10
+
+
+WHOLE = Counts(5_000, 10, 12, (2, 5, 10, 20), (20, 75), (10, 60), 5, 60)
+
+
+@pytest.fixture
+def counts(request: pytest.FixtureRequest) -> Counts:
+    return WHOLE if request.config.getoption("--whole") else Counts()
+
+
+@pytest.fixture(params=["at_least_once", "exactly_once"])
+def guarantee(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def trial_on(address: str, guarantee: str, folder: Path, counts: Counts) -> Trial:
+    name = uuid.uuid4().hex[:12]
+    topics = Topics(address, f"in-{name}", f"out-{name}")
+    topics.create(topics.input, PARTITIONS)
+    topics.create(topics.output, PARTITIONS)
+    return Trial(topics, guarantee, folder, counts.per_second)
+
+
+@pytest.fixture
+def trial(broker: KafkaServer, guarantee: str, tmp_path: Path, counts: Counts) -> Iterator[Trial]:
+    with trial_on(broker.address, guarantee, tmp_path, counts) as trial:
+        yield trial
 
 
 @pytest.fixture
 def own_broker() -> Iterator[KafkaServer]:
     """A broker that a test may freeze, stop and kill."""
-    with KafkaServer() as server:
+    # With its controller in the same process it would be fenced when it wakes.
+    with KafkaServer(settings={**BROKER_SETTINGS, "broker.session.timeout.ms": "180000"}) as server:
         yield server
+        server.thaw()
 
 
-def topics_on(address: str) -> Topics:
-    topics = Topics(address, "from", "to")
-    topics.create(topics.input)
-    topics.create(topics.output)
-    return topics
+@pytest.fixture
+def supervised_trial(own_broker: KafkaServer, guarantee: str, tmp_path: Path, counts: Counts) -> Iterator[Trial]:
+    """On the broker of its own, where a copy may end and be started again."""
+    with trial_on(own_broker.address, guarantee, tmp_path, counts) as trial:
+        trial.supervised = True
+        yield trial
 
 
-def write_all(topics: Topics, records: int, first: int = 0) -> None:
-    with stream(topics, records, per_second=1_000_000, first=first):
-        pass
+def test_killed(trial: Trial, counts: Counts) -> None:
+    trial.stream()
+    copy = trial.start(**INSTANCE)
+    for _ in range(counts.kills):
+        trial.wait_for_new()
+        trial.read(random.uniform(0.2, 2))
+        trial.kill(copy)
+        copy = trial.start(**INSTANCE)
+    trial.finish(f"kill -9, {counts.kills} times")
 
 
-def check(output: Output, records: int, fault: str) -> None:
-    """Nothing is lost, and each key's records come in their order; duplicates are told (pytest -rP shows them)."""
-    output.read_to_end()
-    print(f"{fault}: {records} in, {len(output.counts)} out, {output.duplicates} duplicates")
-    assert len(output.counts) == records
-    assert output.out_of_order == 0
+@pytest.mark.parametrize("guarantee", ["at_least_once"])
+def test_killed_doubles_where_offsets_are_committed_late(trial: Trial) -> None:
+    trial.write(5_000)
+    copy = trial.start(COMMIT_SECONDS="60", **INSTANCE)
+    trial.wait_for(range(5_000))
+    trial.kill(copy)
+    trial.start(**INSTANCE)
+    trial.write(5_000)
+    trial.wait_for(range(10_000))
+    trial.stop(*trial.copies)
+    _, out = trial.count()
+    assert out.doubled == 5_000
 
 
-def test_kill_ten_times(topics: Topics, tmp_path: Path) -> None:
-    records, output, allowed = 400_000, Output(topics), 0
-    with stream(topics, records, per_second=8_000) as hurry, service(topics, tmp_path / "log") as enricher:
-        for _ in range(10):
-            output.wait_for_more()
-            output.read_for(seconds=2)
-            enricher.kill()
-            # One epoch of a second is not saved yet, and the one before it may be about to be.
-            killed = time.time()
-            output.read_to_end()
-            allowed += output.written_since(killed - 3)
-            enricher.start()
-        hurry.set()
-        output.wait_for(records)
-        assert enricher.stop() == [0]
-    check(output, records, "killed ten times")
-    assert output.duplicates <= allowed
+@pytest.mark.parametrize("guarantee", ["at_least_once"])
+def test_killed_loses_in_a_bare_loop(trial: Trial, tmp_path: Path) -> None:
+    trial.stream()
+    bare = run(tmp_path / "bare.log", "-c", BARE_LOOP, *trial.topics)
+    try:
+        trial.wait_for_new()
+    finally:
+        bare.kill()
+        bare.wait()
+    trial.end_stream()
+    trial.ended(trial.start(KAFKA_TAIL="0", KAFKA_GROUP_ID="bare"), 0)
+    put, out = trial.count()
+    assert len(out.seen) < len(put.seen) == trial.written
 
 
-def test_sigterm_ten_times(topics: Topics, tmp_path: Path) -> None:
-    records, output = 200_000, Output(topics)
-    with stream(topics, records, per_second=5_000) as hurry, service(topics, tmp_path / "log") as enricher:
-        for _ in range(10):
-            output.wait_for_more()
-            output.read_for(seconds=1)
-            before = time.monotonic()
-            assert enricher.stop() == [0]
-            assert time.monotonic() - before < 5
-            output.read_to_end()
-            enricher.start()
-        hurry.set()
-        output.wait_for(records)
-    check(output, records, "stopped with SIGTERM ten times")
+def test_stopped(trial: Trial, counts: Counts) -> None:
+    trial.stream()
+    copy = trial.start()
+    for _ in range(counts.kills):
+        trial.wait_for_new()
+        trial.read(random.uniform(0.2, 2))
+        trial.stop(copy)
+        copy = trial.start()
+    trial.finish(f"SIGTERM, {counts.kills} times", never_doubled=True)
 
 
-def freeze_and_kill(
-    broker: KafkaServer, topics: Topics, log: Path, records: int, environment: dict[str, str]
-) -> Output:
-    """Freeze the broker for five seconds while records stream, and kill the script during that."""
-    output = Output(topics)
-    write_all(topics, records)
-    with service(topics, log, environment) as enricher:
-        output.wait_for(records // 10)
-        broker.freeze()
-        time.sleep(4)  # the fault
-        enricher.kill()
-        time.sleep(1)  # the rest of it
-        broker.thaw()
-        enricher.start()
-        if environment:
-            output.read_until_quiet()
-        else:
-            output.wait_for(records)
-    return output
+def test_three_copies_killed_and_stopped_at_random(trial: Trial, counts: Counts) -> None:
+    trial.stream()
+    for _ in range(3):
+        trial.start()
+    for _ in range(counts.chaos):
+        trial.wait_for_new()
+        trial.read(random.uniform(0.5, 3))
+        random.choice([trial.kill, trial.stop])(random.choice(trial.copies))
+        trial.start()
+    trial.finish(f"three copies, {counts.chaos} random kills and stops")
 
 
-def test_broker_frozen_and_script_killed(own_broker: KafkaServer, tmp_path: Path) -> None:
-    topics = topics_on(own_broker.address)
-    check(freeze_and_kill(own_broker, topics, tmp_path / "log", 400_000, {}), 400_000, "broker frozen, script killed")
+def test_one_three_two_five_one_copies(trial: Trial) -> None:
+    trial.stream()
+    for number in (1, 3, 2, 5, 1):
+        while len(trial.copies) < number:
+            trial.start()
+        while len(trial.copies) > number:
+            trial.stop(trial.copies[0])
+        trial.wait_for_readers()
+        trial.wait_for_new()
+    trial.finish("1, 3, 2, 5 and 1 copies, started and stopped by hand", never_doubled=True)
 
 
-def test_broker_frozen_and_script_killed_loses_with_sqlite(own_broker: KafkaServer, tmp_path: Path) -> None:
-    topics = topics_on(own_broker.address)
-    sqlite = {"RECOVERY_DIR": str(tmp_path / "recovery")}
-    output = freeze_and_kill(own_broker, topics, tmp_path / "log", 400_000, sqlite)
-    print(f"the same with RECOVERY_DIR: 400000 in, {len(output.counts)} out")
-    assert len(output.counts) < 400_000
+def test_rolling_restarts(trial: Trial, counts: Counts) -> None:
+    trial.stream()
+    copies = [trial.start(), trial.start()]
+    for overlap in counts.overlaps:
+        trial.wait_for_new()
+        copies.append(trial.start())
+        trial.read(overlap)
+        trial.stop(copies.pop(0))
+    trial.stop(*copies)
+    trial.start()
+    trial.finish(f"two copies at once, rolling restarts {counts.overlaps} s", never_doubled=True)
 
 
-def test_broker_away_for_twenty_seconds(own_broker: KafkaServer, tmp_path: Path) -> None:
-    topics = topics_on(own_broker.address)
-    records, output = 200_000, Output(topics)
-    with stream(topics, records, per_second=3_000) as hurry, service(topics, tmp_path / "log") as enricher:
-        output.wait_for(records // 20)
-        own_broker.stop()
-        own_broker.start()
-        output.wait_for(records // 5)
-        own_broker.stop()
-        time.sleep(20)  # the fault
-        own_broker.start()
-        output.wait_for(records // 2)
+def test_broker_frozen(supervised_trial: Trial, own_broker: KafkaServer, counts: Counts) -> None:
+    trial = supervised_trial
+    trial.stream()
+    copy = trial.start(**INSTANCE)
+    for seconds in counts.freezes:
+        trial.wait_for_new()
         own_broker.freeze()
-        time.sleep(20)  # the fault
+        trial.read(seconds)
         own_broker.thaw()
-        hurry.set()
-        output.wait_for(records)
-        assert enricher.stop() == [0]
-    check(output, records, "broker restarted, stopped for 20 s, frozen for 20 s")
-    assert output.duplicates == 0
+        trial.wait_for_new(180)
+    own_broker.freeze()
+    trial.read(4)
+    [copy] = trial.copies
+    trial.kill(copy)
+    trial.read(1)
+    own_broker.thaw()
+    trial.start(**INSTANCE)
+    trial.finish(f"broker frozen {counts.freezes} s, and 5 s with the script killed")
 
 
-def test_broker_away_loses_with_a_message_timeout(own_broker: KafkaServer) -> None:
-    topics = topics_on(own_broker.address)
-    records, output = 100_000, Output(topics)
-    settings = "message.timeout.ms=5000"
-    with stream(topics, records, per_second=5_000) as hurry, plain_flow(topics, "follow", settings):
-        hurry.set()
-        output.wait_for(records // 10)
-        own_broker.freeze()
-        time.sleep(20)  # the fault
-        own_broker.thaw()
-        output.read_until_quiet()
-    output.read_to_end()
-    print(f"broker frozen for 20 s with message.timeout.ms=5000: {records} in, {len(output.counts)} out")
-    assert len(output.counts) < records
+def test_broker_restarted(supervised_trial: Trial, own_broker: KafkaServer, counts: Counts) -> None:
+    trial = supervised_trial
+    trial.stream()
+    trial.start()
+    for seconds in counts.outages:
+        trial.wait_for_new(180)
+        own_broker.stop()
+        trial.read(seconds)
+        own_broker.start()
+    trial.finish(f"broker away {counts.outages} s")
 
 
-def test_three_brokers_restarted_one_after_the_other(tmp_path: Path) -> None:
+def all_in_sync(topics: Topics) -> bool:
+    internal = ["__consumer_offsets", "__transaction_state"]
+    with topics.admin() as admin:
+        found = admin.describe_topics([topics.input, topics.output, *internal])
+    return all(len(partition["isr_nodes"]) == 3 for topic in found for partition in topic["partitions"])
+
+
+def test_three_brokers(guarantee: str, tmp_path: Path, counts: Counts) -> None:
     with three_brokers() as brokers:
-        topics = topics_on(",".join(broker.address for broker in brokers))
-
-        def all_in_sync() -> bool:
-            with topics.admin() as admin:
-                found = admin.describe_topics([topics.input, topics.output])
-            return all(len(partition["isr_nodes"]) == 3 for topic in found for partition in topic["partitions"])
-
-        records, output = 200_000, Output(topics)
-        with stream(topics, records, per_second=3_000) as hurry, service(topics, tmp_path / "log") as enricher:
+        addresses = ",".join(broker.address for broker in brokers)
+        with trial_on(addresses, guarantee, tmp_path, counts) as trial:
+            trial.supervised = True
+            trial.stream()
+            copy = trial.start(**INSTANCE)
             for broker in brokers:
-                output.wait_for_more()
+                trial.wait_for_new(180)
                 broker.stop()
-                output.read_for(2)
+                trial.read(2)
                 broker.start()
-                wait_until(all_in_sync, seconds=300)
-            hurry.set()
-            output.wait_for(records)
-            assert enricher.stop() == [0]
-        check(output, records, "three brokers restarted one after the other")
-        with topics.admin() as admin:
-            found = admin.describe_topics([f"from-to-to-1-workers-{topic}" for topic in ("state", "progress")])
-        assert [len(topic["partitions"][0]["replica_nodes"]) for topic in found] == [3, 3]
+                wait_until(lambda: all_in_sync(trial.topics), 180)
+            trial.wait_for_new(180)
+            brokers[0].freeze()
+            trial.read(2)
+            [copy] = trial.copies
+            trial.kill(copy)
+            trial.start(**INSTANCE)
+            trial.read(max(counts.freezes))
+            brokers[0].thaw()
+            wait_until(lambda: all_in_sync(trial.topics), 180)
+            trial.wait_for_new(180)
+            brokers[1].kill()
+            trial.wait_for_new(180)
+            trial.finish("three brokers: rolling restart, one frozen with the script killed, one killed for good")
 
 
-def pods(tmp_path: Path, replicas: int) -> list[dict[str, str]]:
-    """The environments that a StatefulSet gives its pods, each on an address of this machine."""
-    host_file = tmp_path / "hostfile.txt"
-    host_file.write_text("".join(f"localhost:{free_port()}\n" for _ in range(replicas)))
+@pytest.mark.parametrize("tail", ["0", "1"], ids=["bounded", "tail"])
+def test_refused_record(trial: Trial, tail: str) -> None:
+    def limit(size: int) -> None:
+        configs = {"max.message.bytes": str(size)}
+        with trial.topics.admin() as admin:
+            admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, trial.topics.output, configs)])
+
+    limit(100_000)
+    trial.write(200)
+    trial.ended(trial.start(KAFKA_TAIL="0"), 0)
+    [refused] = trial.write(1, headers=[("padding", bytes(200_000))])
+    trial.write(200)
+    last_line = trial.ended(trial.start(KAFKA_TAIL=tail), 1).splitlines()[-1]
+    place = rf"{trial.topics.input}\D+{refused.partition}\D+{refused.offset}\D"
+    assert re.search(rf"kafka_enrich.py: .*{place}.*max.message.bytes", last_line), last_line
+    limit(1_000_000)
+    copy = trial.start(KAFKA_TAIL=tail)
+    if tail == "0":
+        trial.ended(copy, 0)
+    trial.finish(f"a record refused, {'tail' if tail == '1' else 'bounded'}, and the limit raised")
+
+
+def test_partitions_added(trial: Trial) -> None:
+    trial.stream()
+    trial.start()
+    trial.start()
+    trial.wait_for_new()
+    with trial.topics.admin() as admin:
+        admin.create_partitions({trial.topics.input: 2 * PARTITIONS})
+    trial.read(5)  # the stream has heard of them by then
+    trial.wait_for(range(trial.written), seconds=25)
+    trial.finish("partitions added", ordered=False, never_doubled=True)
+
+
+def expire(topics: Topics, left: int) -> None:
+    """Delete the older records of each partition of the input, as its retention would."""
+    partitions = [TopicPartition(topics.input, number) for number in range(PARTITIONS)]
+    with topics.admin() as admin:
+        ends = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
+        admin.delete_records({partition: end.offset - left for partition, end in ends.items()})
+
+
+def test_committed_offsets_expired(trial: Trial) -> None:
+    trial.write(5_000)
+    trial.ended(trial.start(KAFKA_TAIL="0"), 0)
+    trial.write(10_000)
+    expire(trial.topics, left=500)
+    left, _ = trial.count()
+    trial.start()
+    trial.finish("committed offsets expired", expected=set(range(5_000)) | left.seen.keys(), never_doubled=True)
+
+
+@pytest.mark.parametrize("guarantee", ["at_least_once"])
+def test_committed_offsets_expired_loses_with_latest(trial: Trial) -> None:
+    trial.write(5_000)
+    trial.ended(trial.start(KAFKA_TAIL="0"), 0)
+    trial.write(10_000)
+    expire(trial.topics, left=500)
+    trial.ended(trial.start(KAFKA_TAIL="0", KAFKA_CONSUMER_AUTO_OFFSET_RESET="latest"), 0)
+    _, out = trial.count()
+    assert len(out.seen) == 5_000
+
+
+def test_three_bounded_runs_one_killed(trial: Trial, api: Api) -> None:
+    body = {"city": "Mountain View", "region": "California", "country_name": "United States"}
+    api.reply = lambda _path: Reply(json.dumps(body).encode(), delay=0.005)  # slow enough to be killed in the midst
+    trial.write(3_000)
+    slow = {"KAFKA_TAIL": "0", "GEOIP_DATABASE": "", "IPAPI_URL": api.url}
+    victim, *others = [trial.start(**slow) for _ in range(3)]
+    trial.wait_for_readers()
+    wait_until(lambda: len(api.asked) > 500)
+    trial.kill(victim)
+    for copy in others:
+        trial.ended(copy, 0)
+    assert "nothing new" in trial.ended(trial.start(KAFKA_TAIL="0"), 0)
+    trial.finish("three bounded runs, one killed")
+
+
+def test_bounded_run_while_records_are_written(trial: Trial) -> None:
+    trial.stream()
+    trial.wait_until_written(5_000)
+    at_the_start = trial.written
+    trial.ended(trial.start(KAFKA_TAIL="0"), 0)
+    trial.wait_for(range(at_the_start - 500), seconds=10)
+    trial.end_stream()
+    trial.ended(trial.start(KAFKA_TAIL="0"), 0)
+    trial.finish("bounded, while records are written without a pause", never_doubled=True)
+
+
+def test_transactions_in_the_input(trial: Trial) -> None:
+    """Aborted records are not enriched, and those of an open transaction are waited for, with all that lies behind."""
+    producer = Producer(
+        {
+            "bootstrap.servers": trial.topics.address,
+            "partitioner": "murmur2_random",
+            "transactional.id": trial.topics.input,
+        }
+    )
+
+    def begin(numbers: range) -> None:
+        producer.begin_transaction()
+        for number in numbers:
+            key, value = record(number)
+            producer.produce(trial.topics.input, value, key)
+        producer.flush()
+
+    producer.init_transactions()
+    begin(range(1_000))
+    producer.commit_transaction()
+    begin(range(100_000, 101_000))
+    producer.abort_transaction()
+    trial.ended(trial.start(KAFKA_TAIL="0"), 0)
+    assert "nothing new" in trial.ended(trial.start(KAFKA_TAIL="0"), 0)
+    begin(range(1_000, 2_000))
+    producer.commit_transaction()
+    trial.ended(trial.start(KAFKA_TAIL="0"), 0)
+    begin(range(2_000, 3_000))
+    assert "nothing new" in trial.ended(trial.start(KAFKA_TAIL="0"), 0)
+    trial.start()
+    trial.topics.write([record(number) for number in range(3_000, 4_000)])
+    trial.wait_for_readers()
+    trial.read(2)
+    _, out = trial.count()
+    assert out.seen.keys() == set(range(2_000))
+    producer.commit_transaction()
+    trial.finish("committed, aborted and open transactions", expected=set(range(4_000)), never_doubled=True)
+
+
+COMPRESSIONS = ["none", "gzip", "snappy", "lz4", "zstd"]
+
+
+def hostile_records(compression: str) -> list[dict[str, Any]]:
+    """Records in every combination of keys, values and headers, and one with a key as large as a broker takes."""
+    keys = [None, b"", b"\xff\x00", b"key"]
+    values = [None, b"", b"8.8.8.8", b"\xff" * 50, b"no address"]
+    headers = [[], [("same", b"\xff\x00"), ("same", None), ("имя", b"")]]
+    records = [
+        {"key": key, "value": value, "headers": header}
+        for key, value, header in itertools.product(keys, values, headers)
+    ]
+    records.append({"key": os.urandom(1_040_000), "value": b"8.8.8.8", "headers": []})
     return [
         {
-            "BYTEWAX_HOSTFILE_PATH": str(host_file),
-            "BYTEWAX_POD_NAME": f"kafka-enrich-{number}",
-            "BYTEWAX_STATEFULSET_NAME": "kafka-enrich",
-            "BYTEWAX_WORKERS_PER_PROCESS": "1",
+            **record,
+            "headers": [*record["headers"], ("id", f"{compression} {n}".encode())],
+            "timestamp": 1_600_000_000_000 + n,
         }
-        for number in range(replicas)
+        for n, record in enumerate(records)
     ]
 
 
-def test_one_of_two_processes_killed(topics: Topics, tmp_path: Path) -> None:
-    records, output, two = 200_000, Output(topics), pods(tmp_path, 2)
-    with stream(topics, records, per_second=5_000) as hurry, service(topics, tmp_path / "log", *two) as enricher:
-        for victim in (0, 1, 0, 1):
-            output.wait_for_more()
-            output.read_for(2)
-            enricher.processes[victim].kill()
-            assert 0 not in enricher.wait()
-            output.read_to_end()  # so that what comes next is by the two that are started now
-            enricher.start()
-        hurry.set()
-        output.wait_for(records)
-        assert enricher.stop() == [0, 0]
-    check(output, records, "one of two processes killed four times")
+def test_hostile_records(trial: Trial) -> None:
+    for compression in COMPRESSIONS:
+        properties = {"compression.type": compression, "message.max.bytes": 2_000_000, "partitioner": "murmur2_random"}
+        producer = Producer({"bootstrap.servers": trial.topics.address, **properties})
+        for fields in hostile_records(compression):
+            producer.produce(trial.topics.input, **fields)
+        assert producer.flush(30) == 0
+        trial.ended(trial.start(KAFKA_TAIL="0", KAFKA_PRODUCER_COMPRESSION_TYPE=compression), 0)
+
+    def kept(message: Message) -> tuple[object, ...]:
+        key, headers = message.key(), message.headers() or []
+        partition = None if key is None else message.partition()
+        return headers[-1], key, partition, headers, message.timestamp(), message.value() is None
+
+    put, out = (
+        sorted(map(kept, Reader(trial.topics, topic).read_all())) for topic in (trial.topics.input, trial.topics.output)
+    )
+    print(
+        f"every compression, hostile records ({trial.guarantee}): {len(put)} in, {len(out)} out, {len(out) - len(put)} doubled"
+    )
+    assert put == out
 
 
-def test_other_numbers_of_workers(topics: Topics, tmp_path: Path) -> None:
-    output, written = Output(topics), 0
-    for workers in (2, 1, 3, 2, 2, 3):
-        write_all(topics, 20_000, first=written)
-        written += 20_000
-        with service(topics, tmp_path / "log", {"BYTEWAX_WORKERS_PER_PROCESS": str(workers)}) as enricher:
-            output.wait_for(written)
-            assert enricher.stop() == [0]
-    check(output, written, "2, 1, 3, 2, 2 and 3 workers")
+def test_soak(trial: Trial, counts: Counts) -> None:
+    trial.stream()
+    sizes = []
+    for _ in range(counts.soak_periods):
+        copy = trial.start()
+        for _ in range(2):
+            trial.read(counts.soak_seconds / 2)
+            sizes.append(max(copy.family().values()))
+        trial.stop(copy)
+    trial.start()
+    trial.finish(f"soak with a restart every {counts.soak_seconds} s", never_doubled=True)
+    print(f"resident memory, twice between two restarts: {sizes} MB")
+    assert max(sizes) < 1.3 * min(sizes)
 
 
-def test_four_workers_of_two_processes_all_read(topics: Topics, tmp_path: Path) -> None:
-    environments = [{**pod, "BYTEWAX_WORKERS_PER_PROCESS": "2"} for pod in pods(tmp_path, 2)]
-    output, written = Output(topics), 0
-    with service(topics, tmp_path / "log", *environments) as enricher:
-        for _ in range(6):
-            write_all(topics, 1_000, first=written)
-            written += 1_000
-            output.wait_for(written, seconds=60)
-            enricher.kill()
-            enricher.start()
-    check(output, written, "two processes of two workers, killed six times")
+def test_processes(trial: Trial) -> None:
+    def start() -> Copy:
+        copy = trial.start(PROCESSES="2", **INSTANCE)
+        wait_until(lambda: copy.text().count("reads partitions [") >= 2)
+        trial.wait_for_new()
+        return copy
 
-
-def expire(topics: Topics, before_the_end: int) -> int:
-    """Delete the older records of the input, as its retention would; how many are left."""
-    with topics.admin() as admin:
-        [found] = admin.describe_topics([topics.input])
-        partitions = [TopicPartition(topics.input, partition["partition_index"]) for partition in found["partitions"]]
-        ends = {
-            partition: offset.offset
-            for partition, offset in admin.list_partition_offsets(dict.fromkeys(partitions, -1)).items()
-        }
-        admin.delete_records({partition: end - before_the_end for partition, end in ends.items()})
-    return before_the_end * len(partitions)
-
-
-def test_place_to_resume_from_expired(topics: Topics, tmp_path: Path) -> None:
-    output = Output(topics)
-    write_all(topics, 20_000)
-    with service(topics, tmp_path / "log") as enricher:
-        output.wait_for(20_000)
-        assert enricher.stop() == [0]
-        write_all(topics, 40_000, first=20_000)
-        left = expire(topics, before_the_end=1000)
-        enricher.start()
-        output.wait_for(20_000 + left)
-        assert enricher.stop() == [0]
-    check(output, 20_000 + left, "place to resume from expired")
-
-
-def test_place_to_resume_from_expired_loses_with_the_defaults(own_broker: KafkaServer) -> None:
-    topics = topics_on(own_broker.address)
-    output = Output(topics)
-    write_all(topics, 20_000)
-    with plain_flow(topics, "follow"):
-        output.wait_for(20_000)
-        output.read_for(12)  # an epoch of the engine's default length, so that there is a place to resume from
-    write_all(topics, 40_000, first=20_000)
-    left = expire(topics, before_the_end=1000)
-    with plain_flow(topics, "follow"):
-        output.read_until_quiet()
-    print(f"expired, with the defaults: {left} left in, {len(output.counts) - 20_000} out")
-    assert len(output.counts) < 20_000 + left
-
-
-def test_refused_record_in_following_mode(topic_names: Topics, tmp_path: Path) -> None:
-    topic_names.create(topic_names.input)
-    topic_names.create(topic_names.output, configs={"max.message.bytes": "1000"})
-    topic_names.write([(b"k" * 2000, b"8.8.8.8")])
-    with service(topic_names, tmp_path / "log") as enricher:
-        wait_until(lambda: "have not reached the output topic" in enricher.log(), seconds=60)
-        assert enricher.stop() == [1]
-        assert "1 of 1 records did not reach topic" in enricher.log()
-        enricher.start()
-        topic_names.write([(b"k" * 2000, b"8.8.8.8"), *[(b"%d" % number, b"8.8.8.8") for number in range(1000)]])
-
-        # The producer has given up by then, but the engine hears of it only when it sends again.
-        def dead() -> bool:
-            topic_names.write([(b"key", b"8.8.8.8")])
-            return enricher.processes[0].poll() is not None
-
-        wait_until(dead, seconds=60)
-        assert enricher.wait() == [1]
-        assert enricher.log().splitlines()[-1].startswith("kafka_enrich.py: the dataflow died")
-
-
-def test_refused_record_is_lost_without_a_word_with_the_defaults(topic_names: Topics) -> None:
-    topic_names.create(topic_names.input)
-    topic_names.create(topic_names.output, configs={"max.message.bytes": "1000"})
-    topic_names.write([(b"k" * 2000, b"8.8.8.8")])
-    with plain_flow(topic_names, "pass") as process:
-        assert process.wait(60) == 0
-    assert topic_names.read() == []
-
-
-def test_partitions_added(topics: Topics, tmp_path: Path) -> None:
-    output = Output(topics)
-    write_all(topics, 10_000)
-    with service(topics, tmp_path / "log") as enricher:
-        output.wait_for(10_000)
-        with topics.admin() as admin:
-            admin.create_partitions({topics.input: 8})
-            admin.wait_for_topics([topics.input])
-        write_all(topics, 10_000, first=10_000)
-        assert enricher.stop() == [0]
-        enricher.start()
-        output.wait_for(20_000)
-        assert enricher.stop() == [0]
-    output.read_to_end()
-    assert len(output.counts) == 20_000
-
-
-def test_hostile_input(topics: Topics, tmp_path: Path) -> None:
-    big = [(os.urandom(900_000), b"8.8.8.8") for _ in range(50)] + [(b"key", os.urandom(900_000)) for _ in range(50)]
-    small = [(os.urandom(number % 40), os.urandom(number % 200)) for number in range(20_000)]
-    tombstones = [(b"key", None)] * 100
-    invalid = [(b"key", b"no address %d" % number) for number in range(100_000)]
-    with service(topics, tmp_path / "log") as enricher:
-        written = 0
-        for records in (small, tombstones, big, invalid, big):
-            topics.write(records)
-            written += len(records)
-            wait_until(lambda: topics.end_offset() >= topics.end_offset(topics.input), seconds=60)
-        assert enricher.megabytes() < 1200  # the producer's queue alone may hold 1 GB
-        assert enricher.stop() == [0]
-    assert topics.end_offset() == written
-
-
-def test_soak(topics: Topics, tmp_path: Path) -> None:
-    minutes, per_second = 5, 5_000
-    records, output, megabytes = minutes * 60 * per_second, Output(topics), []
-    with stream(topics, records, per_second) as hurry, service(topics, tmp_path / "log") as enricher:
-        hurry.set()
-        for _ in range(minutes):
-            output.read_for(50)
-            megabytes.append(enricher.megabytes())
-            assert enricher.stop() == [0]
-            enricher.start()
-        output.wait_for(records)
-        assert enricher.stop() == [0]
-    check(output, records, f"soak of {minutes} minutes")
-    print(f"resident memory, minute by minute: {megabytes} MB")
-    assert max(megabytes) < 1.3 * min(megabytes)
+    trial.stream()
+    copy = start()
+    os.kill(next(iter(copy.family("spawn_main"))), signal.SIGKILL)
+    trial.ended(copy, 1)
+    copy = start()
+    copy.process.kill()
+    trial.ended(copy, -signal.SIGKILL)
+    copy = start()
+    os.killpg(copy.process.pid, signal.SIGINT)
+    trial.ended(copy, 0, seconds=STOP_SECONDS)
+    start()
+    trial.finish("PROCESSES=2: a child killed, the parent killed, Ctrl-C")
