@@ -144,6 +144,7 @@ RETRY_SECONDS = 0.5
 TRANSACTION_SECONDS = 15  # after a kill readers of committed records wait so long, so it is near the session's time-out
 COMMIT_LIMIT = 30.0  # s; what takes longer is done again with a new producer
 STOP_LIMIT = 5.0  # s that a stop waits for a rebalance to end; containers often give ten
+LEAVE_LIMIT = 1.5  # s; in the midst of a rebalance it can take longer, and the session times out anyway
 REMINDER_SECONDS = 60
 
 # What brokers answer where doing it again cannot help.
@@ -371,7 +372,7 @@ class Worker:
         """Leave the group, so that the others need not wait for the session's time-out; if it fails, they do."""
         if hasattr(self, "consumer"):
             with suppress(KafkaException, TimeoutError, RuntimeError):
-                within(STOP_LIMIT, self.consumer.close)
+                within(LEAVE_LIMIT, self.consumer.close)
 
 
 def committed_offsets(consumer: Consumer, topic: str, numbers: Iterable[int]) -> list[TopicPartition]:
@@ -636,6 +637,7 @@ def consumer_properties(settings: "Settings", brokers: str, number: int) -> dict
         chosen["group.instance.id"] += f"-{number}"
     classic = {
         "partition.assignment.strategy": "cooperative-sticky",
+        "heartbeat.interval.ms": 1_000,  # how long a rebalance waits for its members, and a stop for the rebalance
         "session.timeout.ms": 10_000,  # how long the partitions of a killed copy rest
     }
     return {

@@ -39,7 +39,7 @@ def kafka() -> Iterator[dict[str, str]]:
                 admin.delete_topics([topic for topic in topics.values() if topic in there])
     else:
         print("starting Apache Kafka ...", flush=True)
-        with KafkaServer() as server:
+        with KafkaServer(settings={"group.initial.rebalance.delay.ms": "0"}) as server:
             yield {
                 "KAFKA_BROKERS": server.address,
                 "KAFKA_INPUT_TOPIC": "ip_address_by_country",

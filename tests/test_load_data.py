@@ -52,7 +52,6 @@ def test_country_with_a_comma_or_more_than_ascii(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        b"5.159.132.1",
         b"5.159.132.1,",
         b",Germany",
         b"Germany,5.159.132.1",
@@ -75,6 +74,41 @@ def test_row_that_is_none_is_reported_with_its_line(tmp_path: Path, line: bytes)
     assert isinstance(report, str)
     assert report.startswith(f"{path}:3: ")
     assert len(report) < 300
+
+
+def test_address_alone_has_no_country(tmp_path: Path) -> None:
+    path = tmp_path / "addresses.txt"
+    path.write_bytes(b"5.159.132.1\n2001:db8::1\n")
+    assert list(rows(path)) == [("5.159.132.1", ""), ("2001:db8::1", "")]
+
+
+def test_addresses_alone_become_records_without_a_key(
+    tmp_path: Path, load_data_program: Program, topic_names: Topics
+) -> None:
+    path = tmp_path / "addresses.txt"
+    path.write_bytes(b"5.159.132.1\n2001:db8::1\n")
+    assert load_data_program(str(path), **topic_names.environment()).exit_code == 0
+    assert sorted(topic_names.read(topic_names.input), key=str) == [(None, b"2001:db8::1"), (None, b"5.159.132.1")]
+
+
+def test_of_many_bad_rows_ten_are_shown_and_all_are_counted(
+    tmp_path: Path, load_data_program: Program, topic_names: Topics
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"no row\n" * 2_000 + b"5.159.132.1,Germany\n")
+    loaded = load_data_program(str(path), **topic_names.environment())
+    assert loaded.exit_code == 3
+    assert loaded.errors.count("; skipped") == 10
+    assert "skipped 2000 rows; the first 10 are above" in loaded.errors
+
+
+def test_output_that_nobody_reads_is_no_error(load_data_program: Program, topic_names: Topics) -> None:
+    process = load_data_program.start(str(SAMPLE), **topic_names.environment())
+    assert process.stdout
+    process.stdout.close()
+    assert process.wait(30) == 0
+    assert process.stderr
+    assert "Traceback" not in process.stderr.read()
 
 
 def test_quote_that_never_closes_is_reported_where_it_opens(tmp_path: Path) -> None:
