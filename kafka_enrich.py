@@ -1054,6 +1054,7 @@ TRY_LIMIT = 1.5  # s without a byte
 LARGEST_REPLY = 65_536  # bytes; a location takes about 800
 FAILURES_IN_A_ROW = 5  # before the API is left alone
 PAUSE_SECONDS = 60.0
+logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # its lines hold the URL, and that one the key
 LONGEST_PAUSE = 86_400.0  # s
 
 
@@ -1097,7 +1098,7 @@ class HttpApi:
             raise LookupFailed(f"{self._url} is left alone")
         try:
             location = location_in_reply(*within(LOOKUP_LIMIT, self._ask, address))
-        except (OSError, urllib3.exceptions.HTTPError, LookupFailed) as error:  # requests' errors are OSErrors
+        except (OSError, ValueError, urllib3.exceptions.HTTPError, LookupFailed) as error:  # requests' are OSErrors
             # Errors of requests are not shown as they are: they quote the URL, and it holds the key.
             failure = error if isinstance(error, LookupFailed) else LookupFailed(cause_of(error))
             self._note(failure)
@@ -1131,6 +1132,8 @@ class HttpApi:
 
 def cause_of(error: BaseException) -> str:
     """Say why a request failed, without the URL that requests puts into its errors."""
+    if type(error) is OSError:  # of requests itself: a file of certificates that is not there
+        return str(error)
     while error.__context__ is not None and not (isinstance(error, OSError) and error.errno):
         error = error.__context__
     return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
@@ -1152,7 +1155,7 @@ def location_in_reply(status: int, retry_after: str | None, body: bytes) -> Loca
     """
     try:
         fields = msgspec.json.decode(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
         fields = {}

@@ -29,7 +29,8 @@ BARE_LOOP = """
 import sys
 from confluent_kafka import Consumer, Producer
 brokers, source, target = sys.argv[1:]
-group = {"group.id": "bare", "auto.offset.reset": "earliest", "auto.commit.interval.ms": 100, "session.timeout.ms": 6000}
+group = {"group.id": "bare", "auto.offset.reset": "earliest", "auto.commit.interval.ms": 100}
+group["session.timeout.ms"] = 6000
 consumer = Consumer({"bootstrap.servers": brokers, "partition.assignment.strategy": "cooperative-sticky", **group})
 producer = Producer({"bootstrap.servers": brokers, "partitioner": "murmur2_random", "linger.ms": 1000})
 consumer.subscribe([source])
@@ -54,7 +55,7 @@ def number_of(value: bytes) -> int:
 class Stream:
     """Numbered records, written at a rate by a thread from its start until it is stopped.
 
-    By kafka-python: librdkafka's producer can stand still for ever when a leader is gone for a moment (librdkafka#5430).
+    By kafka-python: librdkafka's producer can stand still for ever when a leader was gone (librdkafka#5430).
     """
 
     def __init__(self, topics: Topics, per_second: int, first: int) -> None:
@@ -173,7 +174,7 @@ class Copy:
         return self.log.read_text(errors="replace")
 
     def family(self, having: str = "") -> dict[int, int]:
-        """The resident MB of each living process of its session by process id, of those with a word in their command."""
+        """The resident MB of each living process of its session, of those with a word in their command, by its id."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:

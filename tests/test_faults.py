@@ -327,7 +327,7 @@ def test_three_bounded_runs_one_killed(trial: Trial, api: Api) -> None:
 
 def test_bounded_run_while_records_are_written(trial: Trial) -> None:
     trial.stream()
-    trial.wait_until_written(5_000)
+    wait_until(lambda: trial.written >= 5_000)
     at_the_start = trial.written
     trial.ended(trial.start(KAFKA_TAIL="0"), 0)
     trial.wait_for(range(at_the_start - 500), seconds=10)
@@ -415,9 +415,7 @@ def test_hostile_records(trial: Trial) -> None:
     put, out = (
         sorted(map(kept, Reader(trial.topics, topic).read_all())) for topic in (trial.topics.input, trial.topics.output)
     )
-    print(
-        f"every compression, hostile records ({trial.guarantee}): {len(put)} in, {len(out)} out, {len(out) - len(put)} doubled"
-    )
+    print(f"every compression, hostile records ({trial.guarantee}): {len(put)} in, {len(out)} out")
     assert put == out
 
 

@@ -4,7 +4,6 @@ import itertools
 import json
 import logging
 import socket
-import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
@@ -13,7 +12,18 @@ from email.utils import format_datetime
 import pytest
 
 from conftest import Api, Reply
-from kafka_enrich import HttpApi, InvalidIp, Location, LookupFailed, NotFound, NotLocated, ReservedIp
+from kafka_enrich import (
+    FAILURES_IN_A_ROW,
+    LOOKUP_LIMIT,
+    PAUSE_SECONDS,
+    HttpApi,
+    InvalidIp,
+    Location,
+    LookupFailed,
+    NotFound,
+    NotLocated,
+    ReservedIp,
+)
 
 MOUNTAIN_VIEW = {"ip": "8.8.8.8", "city": "Mountain View", "region": "California", "country_name": "United States"}
 LOCATION = Location(city="Mountain View", region="California", country_name="United States")
@@ -35,7 +45,7 @@ def failure(source: HttpApi, address: str = "8.8.8.8") -> str:
 
 def test_located(api: Api) -> None:
     api.reply = lambda _path: reply({**MOUNTAIN_VIEW, "country": "US", "country_code": "US"})
-    assert HttpApi(api.url, None).locate("8.8.8.8") == LOCATION
+    assert HttpApi(api.url, "").locate("8.8.8.8") == LOCATION
     assert api.asked == ["/8.8.8.8/json/"]
     assert str(api.user_agents[0]).startswith("kafka_enrich ")
 
@@ -46,22 +56,9 @@ def test_key_goes_into_the_query(api: Api) -> None:
     assert api.asked == ["/8.8.8.8/json/?key=s3cret%26"]
 
 
-def test_ipv6_is_asked_in_its_shortest_form(api: Api) -> None:
-    api.reply = lambda _path: reply(MOUNTAIN_VIEW)
-    HttpApi(api.url, None).locate("2001:4860:4860:0::8888%eth0")
-    assert api.asked == ["/2001:4860:4860::8888/json/"]
-
-
 def test_unknown_fields_are_none(api: Api) -> None:
     api.reply = lambda _path: reply({"city": None, "region": "", "country_name": "France"})
-    assert HttpApi(api.url, None).locate("8.8.8.8") == Location(city=None, region=None, country_name="France")
-
-
-@pytest.mark.parametrize("address", ["10.0.0.1", "fe80::1", "127.0.0.1", "localhost", "8.8", ""])
-def test_what_is_no_public_address_is_never_sent(api: Api, address: str) -> None:
-    with pytest.raises((InvalidIp, ReservedIp)):
-        HttpApi(api.url, None).locate(address)
-    assert api.asked == []
+    assert HttpApi(api.url, "").locate("8.8.8.8") == Location(city=None, region=None, country_name="France")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +74,7 @@ def test_what_is_no_public_address_is_never_sent(api: Api, address: str) -> None
 def test_final_answer_without_a_location(api: Api, answer: Reply, error: type[NotLocated]) -> None:
     api.reply = always(answer)
     with pytest.raises(error) as raised:
-        HttpApi(api.url, None).locate("8.8.8.8")
+        HttpApi(api.url, "").locate("8.8.8.8")
     assert raised.type is error
     assert len(api.asked) == 1
 
@@ -108,29 +105,29 @@ def test_final_answer_without_a_location(api: Api, answer: Reply, error: type[No
 )
 def test_no_answer_about_the_address(api: Api, answer: Reply) -> None:
     api.reply = always(answer)
-    failure(HttpApi(api.url, None))
+    failure(HttpApi(api.url, ""))
     assert len(api.asked) == 1, "only time-outs and 5xx are tried again"
 
 
 def test_no_connection() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        assert failure(HttpApi(f"http://127.0.0.1:{unused.getsockname()[1]}", None)) == "ConnectionError"
+        assert failure(HttpApi(f"http://127.0.0.1:{unused.getsockname()[1]}", "")) == "Connection refused"
 
 
 def test_no_such_host() -> None:
-    assert failure(HttpApi("http://nowhere.invalid", None)) == "ConnectionError"
+    assert "nowhere.invalid" not in failure(HttpApi("http://nowhere.invalid", "s3cret"))
 
 
 def test_server_error_is_tried_again(api: Api) -> None:
     api.reply = lambda _path: reply(MOUNTAIN_VIEW) if len(api.asked) == 3 else Reply(status=503)
-    assert HttpApi(api.url, None).locate("8.8.8.8") == LOCATION
+    assert HttpApi(api.url, "").locate("8.8.8.8") == LOCATION
     assert len(api.asked) == 3
 
 
 def test_time_out_is_tried_again(api: Api) -> None:
     api.reply = lambda _path: reply(MOUNTAIN_VIEW) if len(api.asked) == 2 else Reply(delay=2)
-    assert HttpApi(api.url, None).locate("8.8.8.8") == LOCATION
+    assert HttpApi(api.url, "").locate("8.8.8.8") == LOCATION
 
 
 @pytest.mark.parametrize(
@@ -147,9 +144,8 @@ def test_time_out_is_tried_again(api: Api) -> None:
 def test_one_address_takes_four_seconds_at_most(api: Api, answer: Reply) -> None:
     api.reply = always(answer)
     before = time.monotonic()
-    failure(HttpApi(api.url, None))
-    assert time.monotonic() - before < HttpApi.TOTAL_SECONDS + 0.5
-    assert len(api.asked) > 1
+    failure(HttpApi(api.url, ""))
+    assert time.monotonic() - before < LOOKUP_LIMIT + 0.5
 
 
 @pytest.mark.parametrize(
@@ -165,7 +161,7 @@ def test_one_address_takes_four_seconds_at_most(api: Api, answer: Reply) -> None
 )
 def test_refusal_pauses_with_one_warning(api: Api, answer: Reply, caplog: pytest.LogCaptureFixture) -> None:
     api.reply = always(answer)
-    source = HttpApi(api.url, None)
+    source = HttpApi(api.url, "")
     for _ in range(5):
         failure(source)
     assert len(api.asked) == 1
@@ -188,23 +184,23 @@ def test_refusal_pauses_with_one_warning(api: Api, answer: Reply, caplog: pytest
 )
 def test_retry_after(api: Api, retry_after: str, seconds: tuple[int, int], caplog: pytest.LogCaptureFixture) -> None:
     api.reply = lambda _path: Reply(b"", 429, {"Retry-After": retry_after})
-    failure(HttpApi(api.url, None))
+    failure(HttpApi(api.url, ""))
     assert isinstance(caplog.records[0].args, tuple)
     assert seconds[0] <= int(str(caplog.records[0].args[2]).split(".")[0]) <= seconds[1]
 
 
 def test_failures_in_a_row_pause(api: Api, caplog: pytest.LogCaptureFixture) -> None:
     api.reply = lambda _path: Reply(b"", 404)
-    source = HttpApi(api.url, None)
+    source = HttpApi(api.url, "")
     for _ in range(10):
         failure(source)
-    assert len(api.asked) == HttpApi.FAILURES_IN_A_ROW
+    assert len(api.asked) == FAILURES_IN_A_ROW
     assert len(caplog.records) == 1
 
 
 def test_answers_between_failures_prevent_a_pause(api: Api) -> None:
     api.reply = lambda _path: reply(MOUNTAIN_VIEW) if len(api.asked) % 2 else Reply(b"", 404)
-    source = HttpApi(api.url, None)
+    source = HttpApi(api.url, "")
     for _ in range(10):
         source.locate("8.8.8.8")
         failure(source)
@@ -213,10 +209,10 @@ def test_answers_between_failures_prevent_a_pause(api: Api) -> None:
 
 def test_pause_ends(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     api.reply = lambda _path: Reply(b"", 429) if len(api.asked) == 1 else reply(MOUNTAIN_VIEW)
-    source = HttpApi(api.url, None)
+    source = HttpApi(api.url, "")
     failure(source)
     failure(source)
-    later = time.monotonic() + HttpApi.PAUSE_SECONDS
+    later = time.monotonic() + PAUSE_SECONDS
     monkeypatch.setattr(time, "monotonic", lambda: later)
     assert source.locate("8.8.8.8") == LOCATION
 
@@ -224,7 +220,7 @@ def test_pause_ends(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_key_is_in_no_log_line_and_no_error(
     api: Api, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HttpApi, "TOTAL_SECONDS", 0.5)
+    monkeypatch.setattr("kafka_enrich.LOOKUP_LIMIT", 0.5)
     caplog.set_level(logging.DEBUG, logger="kafka_enrich")
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -233,31 +229,13 @@ def test_key_is_in_no_log_line_and_no_error(
         for answer, url in itertools.product(answers, urls):
             api.reply = always(answer)
             source = HttpApi(url, "s3cret")
-            for _ in range(HttpApi.FAILURES_IN_A_ROW):
+            for _ in range(FAILURES_IN_A_ROW):
                 assert "s3cret" not in failure(source)
-    assert len(api.asked) > 3 * HttpApi.FAILURES_IN_A_ROW
+    assert len(api.asked) > 3 * FAILURES_IN_A_ROW
     assert len(caplog.records) == 2 * len(answers)
     assert "s3cret" not in caplog.text
 
 
-def test_each_thread_has_a_session_of_its_own(api: Api) -> None:
-    api.reply = lambda _path: reply(MOUNTAIN_VIEW)
-    source = HttpApi(api.url, None)
-    sessions = []
-
-    def work() -> None:
-        for _ in range(3):
-            source.locate("8.8.8.8")
-            sessions.append(source._sessions[threading.get_ident()])
-
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(set(map(id, sessions))) == 2
-
-
 def test_certificates_that_are_not_there_are_named(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/no/such.pem")
-    assert "/no/such.pem" in failure(HttpApi(api.url.replace("http:", "https:"), None))
+    assert "/no/such.pem" in failure(HttpApi(api.url.replace("http:", "https:"), ""))
