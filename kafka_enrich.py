@@ -531,6 +531,8 @@ class KafkaInput(StatelessSourcePartition[Message]):
         """
         if self._remaining is None and self._worker.trouble_since is None:
             return
+        if self._remaining == {}:
+            raise StopIteration
         topic = self._worker.settings.kafka_input_topic
         partitions = [TopicPartition(topic, number) for number in self._remaining or [0]]
         with suppress(KafkaException):

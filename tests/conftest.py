@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,7 +19,7 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import OffsetSpec
 from kafka.producer.future import RecordMetadata
 
-from kafka_server import KafkaServer
+from kafka_server import KafkaServer, free_port
 
 PROJECT = Path(__file__).parent.parent
 SAMPLE_DATABASE = PROJECT / "misc" / "sample-city.mmdb"
@@ -39,6 +40,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def broker() -> Iterator[KafkaServer]:
     with KafkaServer(settings=BROKER_SETTINGS) as server:
         yield server
+
+
+@pytest.fixture
+def three_brokers() -> Iterator[list[KafkaServer]]:
+    """A cluster that keeps three replicas and wants two of them in sync."""
+    controllers = [free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(3)]
+    servers = [
+        KafkaServer(
+            port,
+            settings={
+                **BROKER_SETTINGS,
+                "node.id": str(node),
+                "controller.quorum.voters": ",".join(f"{n}@localhost:{c}" for n, c in enumerate(controllers, 1)),
+                "listeners": f"PLAINTEXT://localhost:{port},CONTROLLER://localhost:{controllers[node - 1]}",
+                "default.replication.factor": "3",
+                "min.insync.replicas": "2",
+                "offsets.topic.replication.factor": "3",
+                "transaction.state.log.replication.factor": "3",
+                "transaction.state.log.min.isr": "2",
+            },
+        )
+        for node, port in enumerate(ports, 1)
+    ]
+    with ExitStack() as stack:
+        for server in servers:
+            server.launch()
+            stack.callback(server.__exit__)
+        for server in servers:
+            server.wait()
+        yield servers
 
 
 class Topics(NamedTuple):

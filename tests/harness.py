@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Message, Top
 from kafka import KafkaProducer
 from kafka.producer.future import RecordMetadata
 
-from conftest import BROKER_SETTINGS, PROJECT, SAMPLE_DATABASE, Topics, wait_until
-from kafka_server import KafkaServer, free_port
+from conftest import PROJECT, SAMPLE_DATABASE, Topics, wait_until
 
 FIRST_ADDRESS = int(ipaddress.IPv4Address("8.0.0.0"))  # record n has the n-th address after it
 KEYS = 500
@@ -77,9 +75,7 @@ class Stream:
                 key, value = record(number)
                 self._producer.send(self._topic, key=key, value=value)
             self.written += 50
-            due = max(
-                due + 50 / self._per_second, time.monotonic() - 5
-            )  # after a long wait do not write it all at once
+            due += 50 / self._per_second
             self._stopped.wait(max(0.0, due - time.monotonic()))
 
     def stop(self) -> int:
@@ -175,17 +171,10 @@ class Copy:
 
     def family(self, having: str = "") -> dict[int, int]:
         """The resident MB of each living process of its session, of those with a word in their command, by its id."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                command, status, stat = [(folder / name).read_text() for name in ("cmdline", "status", "stat")]
-            except OSError:  # it has just ended
-                continue
-            memory = [int(line.split()[1]) // 1024 for line in status.splitlines() if line.startswith("VmRSS:")]
-            # A process that has ended and waits for its parent to ask has no memory.
-            if memory and having in command and int(stat.rpartition(")")[2].split()[3]) == self.process.pid:
-                found[int(folder.name)] = memory[0]
-        return found
+        command = ["ps", "-o", "pid=,rss=,args=", "-s", str(self.process.pid)]
+        listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+        found = [line.split(None, 2) for line in listed]  # what has ended, and waits to be asked for, has no memory
+        return {int(pid): int(size) // 1024 for pid, size, args in found if having in args and int(size)}
 
 
 class Trial:
@@ -293,20 +282,20 @@ class Trial:
 
     def wait_for_readers(self) -> None:
         """Read until every copy reads partitions."""
-        for copy in self.copies:
-            wait_until(lambda copy=copy: "reads partitions [" in copy.text())  # type: ignore[misc]
+        wait_until(lambda: all("reads partitions [" in copy.text() for copy in self.copies))
 
     def finish(
         self, fault: str, expected: set[int] | None = None, ordered: bool = True, never_doubled: bool = False
     ) -> None:
-        """Let all that was written come out, stop, and count: nothing is lost, and with exactly once nothing is doubled."""
+        """Let all that was written come out, stop, and count: nothing is lost, with exactly once nothing is doubled."""
         self.end_stream()
         numbers = set(range(self._written)) if expected is None else expected
         self.wait_for(numbers)
         self.stop(*self.copies)
         put, out = self.count()
         print(f"{fault} ({self.guarantee}): {len(numbers)} in, {len(out.seen)} out, {out.doubled} doubled")
-        print(f"started again after exit code 1: {self.restarts}")
+        if self.restarts:
+            print(f"copies that ended with exit code 1 and were started again: {self.restarts}")
         assert put.doubled == 0, "the stream of the test is at fault"
         assert out.seen.keys() == numbers
         assert out.out_of_order == 0 or not ordered
@@ -329,34 +318,3 @@ def run(log: Path, *arguments: str, env: dict[str, str] | None = None) -> "subpr
         return subprocess.Popen(
             [sys.executable, *arguments], env=env, stdout=output, stderr=output, start_new_session=True
         )
-
-
-@contextmanager
-def three_brokers() -> Iterator[list[KafkaServer]]:
-    """A cluster that keeps three replicas and wants two of them in sync."""
-    controllers = [free_port() for _ in range(3)]
-    ports = [free_port() for _ in range(3)]
-    servers = [
-        KafkaServer(
-            port,
-            settings={
-                **BROKER_SETTINGS,
-                "node.id": str(node),
-                "controller.quorum.voters": ",".join(f"{n}@localhost:{c}" for n, c in enumerate(controllers, 1)),
-                "listeners": f"PLAINTEXT://localhost:{port},CONTROLLER://localhost:{controllers[node - 1]}",
-                "default.replication.factor": "3",
-                "min.insync.replicas": "2",
-                "offsets.topic.replication.factor": "3",
-                "transaction.state.log.replication.factor": "3",
-                "transaction.state.log.min.isr": "2",
-            },
-        )
-        for node, port in enumerate(ports, 1)
-    ]
-    with ExitStack() as stack:
-        for server in servers:
-            server.launch()
-            stack.callback(server.__exit__)
-        for server in servers:
-            server.wait()
-        yield servers

@@ -4,33 +4,24 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
-from kafka import TopicPartition
-from kafka.admin import OffsetSpec
+from kafka import KafkaConsumer, KafkaProducer
 
 import kafka_enrich
-from conftest import PROJECT, SAMPLE_DATABASE, Api, Ended, Program, Reply, Topics, ended, wait_until
-from kafka_server import free_port
+from conftest import PROJECT, SAMPLE_DATABASE, Api, Program, Reply, Topics, ended, wait_until
 from load_data import SAMPLE, rows
 
 DATABASE = {"GEOIP_DATABASE": str(SAMPLE_DATABASE)}
 
 
-def summary(
-    located: int = 0, invalid_ip: int = 0, reserved_ip: int = 0, not_found: int = 0, lookup_failed: int = 0
-) -> str:
-    return (
-        f"{located + invalid_ip + reserved_ip + not_found + lookup_failed} records in: {located} located, "
-        f"{invalid_ip} invalid_ip, {reserved_ip} reserved_ip, {not_found} not_found, {lookup_failed} lookup_failed"
-    )
+def summary(**results: int) -> str:
+    return f"{sum(results.values())} records: {', '.join(f'{count} {result}' for result, count in results.items())}; "
 
 
 def test_sample_from_load_to_output(
@@ -54,7 +45,8 @@ def test_every_kind_of_record(kafka_enrich_program: Program, topics: Topics) -> 
     topics.write([(b"", b"186.58.0.1"), (None, b"186.58.0.1"), (b"tombstone", None)])
     enriched = kafka_enrich_program(**topics.environment(), **DATABASE)
     assert enriched.exit_code == 0
-    assert summary(located=4, invalid_ip=5, reserved_ip=1, not_found=1) in enriched.errors
+    assert summary(located=4, tombstone=1, invalid_ip=4, reserved_ip=1, not_found=1) in enriched.errors
+    assert dict(topics.read())[b"tombstone"] is None
     assert Counter(key for key, _ in topics.read()) == Counter({b"key": 8, b"": 1, None: 1, b"tombstone": 1})
 
 
@@ -83,7 +75,8 @@ def test_largest_records(kafka_enrich_program: Program, topics: Topics) -> None:
 def test_empty_topic(kafka_enrich_program: Program, topics: Topics) -> None:
     enriched = kafka_enrich_program(**topics.environment(), **DATABASE)
     assert enriched.exit_code == 0
-    assert summary() in enriched.errors
+    assert "nothing new" in enriched.errors
+    assert "INFO 0 records; 0 from the cache" in enriched.errors
 
 
 def test_http_api(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
@@ -109,6 +102,59 @@ def test_bad_setting_ends_it_before_it_touches_kafka(kafka_enrich_program: Progr
     assert enriched.errors == "kafka_enrich.py: CACHE_SIZE='many' is not a whole number from 0 to 10000000\n"
 
 
+def test_unknown_argument_and_help(kafka_enrich_program: Program) -> None:
+    assert kafka_enrich_program("--fast").exit_code == 2
+    helped = kafka_enrich_program("--help")
+    assert helped.exit_code == 0
+    assert all(name in helped.output for name in kafka_enrich.NAMES)
+
+
+def test_property_that_librdkafka_does_not_know(kafka_enrich_program: Program) -> None:
+    refused = kafka_enrich_program(KAFKA_CLIENT_NO_SUCH="1", **DATABASE)
+    assert refused.exit_code == 2
+    assert 'No such configuration property: "no.such"' in refused.errors.splitlines()[-1]
+
+
+def test_second_run_finds_nothing_new_and_another_group_does_all(kafka_enrich_program: Program, topics: Topics) -> None:
+    topics.write([(b"key", b"186.58.0.1")])
+    environment = {**topics.environment(), **DATABASE}
+    assert summary(located=1) in kafka_enrich_program(**environment).errors
+    assert "nothing new" in kafka_enrich_program(**environment).errors
+    assert summary(located=1) in kafka_enrich_program(**environment, KAFKA_GROUP_ID=topics.input).errors
+    assert len(topics.read()) == 2
+
+
+def test_key_headers_and_timestamp_are_kept(kafka_enrich_program: Program, topics: Topics) -> None:
+    headers = [("name", b"\xff\x00"), ("name", b"")]
+    with KafkaProducer(bootstrap_servers=topics.address) as producer:
+        producer.send(topics.input, b"186.58.0.1", b"\xff", headers, timestamp_ms=1_600_000_000_000).get(10)
+    assert kafka_enrich_program(**topics.environment(), **DATABASE).exit_code == 0
+    with KafkaConsumer(topics.output, bootstrap_servers=topics.address, auto_offset_reset="earliest") as consumer:
+        record = next(consumer)
+    assert (record.key, record.headers, record.timestamp) == (b"\xff", headers, 1_600_000_000_000)
+
+
+def test_latest_starts_from_now(kafka_enrich_program: Program, topics: Topics) -> None:
+    topics.write([(b"key", b"186.58.0.1")])
+    environment = {**topics.environment(), **DATABASE, "KAFKA_CONSUMER_AUTO_OFFSET_RESET": "latest"}
+    assert "nothing new" in kafka_enrich_program(**environment).errors
+    topics.write([(b"key", b"186.58.0.1")])
+    assert summary(located=1) in kafka_enrich_program(**environment).errors
+
+
+def test_two_copies_share_a_topic(kafka_enrich_program: Program, topics: Topics) -> None:
+    environment = {**topics.environment(), **DATABASE, "KAFKA_TAIL": "1", "DELIVERY_GUARANTEE": "exactly_once"}
+    copies = [kafka_enrich_program.start(**environment) for _ in range(2)]
+    for copy in copies:
+        wait_for_line(copy, "reads partitions")
+    topics.write([(b"%d" % number, b"186.58.0.1") for number in range(500)])
+    wait_until(lambda: sum(1 for _ in topics.read()) >= 500)
+    for copy in copies:
+        copy.terminate()
+    assert [ended(copy).exit_code for copy in copies] == [0, 0]
+    assert len(topics.read()) == 500
+
+
 def one_error(enriched: object) -> str:
     """The one line that the program left besides its log."""
     assert isinstance(enriched, tuple)
@@ -125,7 +171,7 @@ def one_error(enriched: object) -> str:
 def test_broker_away(kafka_enrich_program: Program) -> None:
     error = one_error(kafka_enrich_program(KAFKA_BROKERS="localhost:1", **DATABASE))
     assert "Kafka at localhost:1 (KAFKA_BROKERS) cannot be used: " in error
-    assert "ECONNREFUSED" in error
+    assert "Connection refused" in error
 
 
 @pytest.mark.parametrize("missing", ["input", "output"])
@@ -137,11 +183,6 @@ def test_missing_topic_is_not_created(kafka_enrich_program: Program, topic_names
         assert f"topic {name!r} does not exist; create it, or run: python load_data.py" in error
 
 
-def test_more_workers_than_partitions(kafka_enrich_program: Program, topics: Topics) -> None:
-    enriched = kafka_enrich_program(**topics.environment(), **DATABASE, BYTEWAX_WORKERS_PER_PROCESS="5")
-    assert "5 workers are too many" in one_error(enriched)
-
-
 def test_as_many_workers_as_partitions(kafka_enrich_program: Program, topics: Topics) -> None:
     topics.write([(b"%d" % number, b"186.58.0.1") for number in range(100)])
     enriched = kafka_enrich_program(**topics.environment(), **DATABASE, BYTEWAX_WORKERS_PER_PROCESS="4")
@@ -149,50 +190,8 @@ def test_as_many_workers_as_partitions(kafka_enrich_program: Program, topics: To
     assert summary(located=100) in enriched.errors
 
 
-def assert_missing_are_counted(enriched: Ended, topic_names: Topics, written: int) -> None:
-    assert enriched.exit_code == 1
-    last = enriched.errors.splitlines()[-1]
-    missing = written - topic_names.end_offset()
-    assert missing >= 1
-    if "the dataflow died" in last:  # it does where a record is sent after the refusal has come
-        assert re.search(r"; [1-9][0-9]* of the records it read did not reach topic", last)
-    else:
-        assert last.startswith(f"kafka_enrich.py: {missing} of {written} records did not reach topic")
-
-
-def test_refused_record_is_counted_as_missing(kafka_enrich_program: Program, topic_names: Topics) -> None:
-    topic_names.create(topic_names.input)
-    topic_names.create(topic_names.output, configs={"max.message.bytes": "1000"})
-    topic_names.write([(b"small", b"186.58.0.1"), (b"k" * 2000, b"186.58.0.1")])
-    enriched = kafka_enrich_program(**topic_names.environment(), **DATABASE)
-    assert_missing_are_counted(enriched, topic_names, 2)
-
-
-def test_refused_record_stops_the_dataflow(kafka_enrich_program: Program, topic_names: Topics) -> None:
-    topic_names.create(topic_names.input, partitions=1)
-    topic_names.create(topic_names.output, partitions=1, configs={"max.message.bytes": "20000"})
-    topic_names.write([(b"k" * 30_000, b"186.58.0.1")])
-    topic_names.write([(b"key-%d" % number, b"186.58.0.1") for number in range(20_000)])
-    enriched = kafka_enrich_program(**topic_names.environment(), **DATABASE)
-    assert enriched.exit_code == 1
-    last = enriched.errors.splitlines()[-1]
-    assert last.startswith("kafka_enrich.py: ")
-    assert "did not reach" in last
-
-
-def test_compression_that_the_engine_cannot_read(kafka_enrich_program: Program, topic_names: Topics) -> None:
-    topic_names.create(topic_names.input, configs={"compression.type": "zstd"})
-    topic_names.create(topic_names.output)
-    topic_names.write([(b"key", b"186.58.0.1")])
-    enriched = kafka_enrich_program(**topic_names.environment(), **DATABASE)
-    assert enriched.exit_code == 1
-    assert "zstd" in enriched.errors.splitlines()[-1]
-
-
-@pytest.mark.parametrize("compression", ["gzip", "snappy", "lz4"])
-def test_compression_that_the_engine_reads(
-    kafka_enrich_program: Program, topic_names: Topics, compression: str
-) -> None:
+@pytest.mark.parametrize("compression", ["gzip", "snappy", "lz4", "zstd"])
+def test_compression(kafka_enrich_program: Program, topic_names: Topics, compression: str) -> None:
     topic_names.create(topic_names.input, configs={"compression.type": compression})
     topic_names.create(topic_names.output)
     topic_names.write([(b"key", b"186.58.0.1")])
@@ -210,51 +209,9 @@ def test_signal_ends_a_pass(kafka_enrich_program: Program, topics: Topics, api: 
     enriched = ended(process, seconds=10)
     assert enriched.exit_code == 128 + signum
     assert "Traceback" not in enriched.errors
-    assert " records in: " in enriched.errors
-    counted = int(enriched.errors.split(" records in: ")[0].split()[-1])
+    counted = int(enriched.errors.split(" records: ")[0].split()[-1])
     assert 2 <= counted < 200
     assert len(topics.read()) == counted
-
-
-def cluster(processes: int) -> list[dict[str, str]]:
-    addresses = ";".join(f"localhost:{free_port()}" for _ in range(processes))
-    return [{"BYTEWAX_ADDRESSES": addresses, "BYTEWAX_PROCESS_ID": str(number)} for number in range(processes)]
-
-
-def test_two_processes(kafka_enrich_program: Program, topics: Topics) -> None:
-    topics.write([(b"%d" % number, b"186.58.0.1") for number in range(1000)])
-    processes = [
-        kafka_enrich_program.start(**topics.environment(), **DATABASE, **environment) for environment in cluster(2)
-    ]
-    results = [ended(process) for process in processes]
-    assert [result.exit_code for result in results] == [0, 0]
-    assert sum(int(result.errors.split(" records in: ")[0].split()[-1]) for result in results) == 1000
-    assert len(topics.read()) == 1000
-
-
-def test_signal_ends_a_process_that_waits_for_the_others(kafka_enrich_program: Program, topics: Topics) -> None:
-    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, **cluster(2)[0])
-    wait_until(lambda: listening_sockets(process.pid) > 0)
-    process.send_signal(signal.SIGTERM)
-    assert ended(process, seconds=kafka_enrich.STOP_SECONDS + 5).exit_code == 128 + signal.SIGTERM
-
-
-def listening_sockets(pid: int) -> int:
-    """Count the listening TCP sockets of a process, as Linux tells them."""
-    inodes = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists() or link.is_symlink()}
-    table = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
-    return sum(row.split()[3] == "0A" and f"socket:[{row.split()[9]}]" in inodes for row in table)
-
-
-def test_address_of_a_process_in_use(kafka_enrich_program: Program, topics: Topics) -> None:
-    with socket.socket() as taken:
-        taken.bind(("localhost", 0))
-        taken.listen()
-        addresses = f"localhost:{taken.getsockname()[1]};localhost:{free_port()}"
-        enriched = kafka_enrich_program(
-            **topics.environment(), **DATABASE, BYTEWAX_ADDRESSES=addresses, BYTEWAX_PROCESS_ID="0"
-        )
-    assert "Address already in use" in one_error(enriched)
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
@@ -266,21 +223,12 @@ def gone(pids: list[int]) -> bool:
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_processes_are_as_one(kafka_enrich_program: Program, topics: Topics) -> None:
+def test_processes_share_a_bounded_run(kafka_enrich_program: Program, topics: Topics) -> None:
     topics.write([(b"%d" % number, b"186.58.0.1") for number in range(1000)])
     enriched = kafka_enrich_program(**topics.environment(), **DATABASE, PROCESSES="3")
     assert enriched.exit_code == 0
-    assert enriched.errors.count(" records in: ") == 1
-    assert summary(located=1000) in enriched.errors
+    assert sum(int(count) for count in re.findall(r"INFO (\d+) records", enriched.errors)) == 1000
     assert len(topics.read()) == 1000
-
-
-def test_processes_count_what_is_missing(kafka_enrich_program: Program, topic_names: Topics) -> None:
-    topic_names.create(topic_names.input)
-    topic_names.create(topic_names.output, configs={"max.message.bytes": "1000"})
-    topic_names.write([(b"%d" % number, b"8.8.8.8") for number in range(100)] + [(b"k" * 2000, b"8.8.8.8")])
-    enriched = kafka_enrich_program(**topic_names.environment(), **DATABASE, PROCESSES="2")
-    assert_missing_are_counted(enriched, topic_names, 101)
 
 
 def test_signal_ends_all_processes(kafka_enrich_program: Program, topics: Topics) -> None:
@@ -293,9 +241,8 @@ def test_signal_ends_all_processes(kafka_enrich_program: Program, topics: Topics
     stopped = ended(process)
     assert stopped.exit_code == 0
     assert time.monotonic() - before < 5
-    assert summary(located=1000) in stopped.errors
-    assert len(started) == 2
-    assert gone(started)
+    assert sum(int(count) for count in re.findall(r"INFO (\d+) records", stopped.errors)) == 1000
+    wait_until(lambda: gone(started), 5)  # the resource tracker of multiprocessing ends after the others
 
 
 def test_process_that_dies_ends_all(kafka_enrich_program: Program, topics: Topics) -> None:
@@ -303,47 +250,18 @@ def test_process_that_dies_ends_all(kafka_enrich_program: Program, topics: Topic
     process = kafka_enrich_program.start(**topics.environment(), **DATABASE, PROCESSES="2", KAFKA_TAIL="1")
     wait_until(lambda: topics.end_offset() == 1000)
     started = children(process)
-    os.kill(started[1], signal.SIGKILL)
+    os.kill(started[-1], signal.SIGKILL)
     died = ended(process)
     assert died.exit_code == 1
-    assert died.errors.splitlines()[-1].startswith("kafka_enrich.py: the dataflow died: process ")
-    assert gone(started)
-
-
-def test_setting_that_a_process_cannot_use(kafka_enrich_program: Program, topics: Topics, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    environment = {**topics.environment(), **DATABASE, "KAFKA_TAIL": "1", "RECOVERY_DIR": str(tmp_path / "file")}
-    enriched = kafka_enrich_program(**environment, PROCESSES="2")
-    assert enriched.exit_code == 2
-    assert "kafka_enrich.py: RECOVERY_DIR=" in enriched.errors
-    assert re.search(r"kafka_enrich.py: process [01] of 2 cannot use a setting, see above\n$", enriched.errors)
-
-
-def test_processes_and_a_child_of_somebody_else(
-    kafka_enrich_program: Program, topics: Topics, api: Api, tmp_path: Path
-) -> None:
-    end_it, ended_it = tmp_path / "end", tmp_path / "ended"
-    api.reply = lambda _path: Reply(b'{"city": "Somewhere", "region": null, "country_name": null}', delay=0.2)
-    topics.write([(b"%d" % number, b"8.8.8.%d" % number) for number in range(20)])
-    child = f"(until [ -e {end_it} ]; do sleep 0.1; done; touch {ended_it}) &"
-    process = subprocess.Popen(  # as process 1 of a container has children that it did not start
-        ["sh", "-c", f'{child} exec "$0" "$1"', sys.executable, str(kafka_enrich_program.script)],
-        env={**kafka_enrich_program.environment, **topics.environment(), "IPAPI_URL": api.url, "PROCESSES": "2"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_until(lambda: bool(api.asked))
-    end_it.touch()
-    enriched = ended(process)
-    assert ended_it.exists()
-    assert enriched.exit_code == 0
-    assert summary(located=20) in enriched.errors
+    assert "of 2 ended with -9" in died.errors
+    wait_until(lambda: gone(started), 5)  # the resource tracker of multiprocessing ends after the others
 
 
 def test_processes_end_with_the_one_that_started_them(kafka_enrich_program: Program, topics: Topics) -> None:
     process = kafka_enrich_program.start(**topics.environment(), **DATABASE, PROCESSES="2", KAFKA_TAIL="1")
-    wait_until(lambda: len(children(process)) == 2)
+    wait_for_line(process, "reads partitions")
     started = children(process)
+    assert len(started) >= 2
     process.kill()
     wait_until(lambda: gone(started))
 
@@ -367,52 +285,22 @@ def wait_for_line(process: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"{text!r} is not in the log:\n{seen}")
 
 
-def wait_for_epochs(topics: Topics) -> None:
-    """Wait for the ends of three epochs: the place to resume from is behind all that came out before."""
-    progress = f"{topics.input}-to-{topics.output}-1-workers-progress"
-    three_more = topics.end_offset(progress) + 3
-    wait_until(lambda: topics.end_offset(progress) >= three_more)
-
-
 def test_following_goes_on_where_it_left_off(kafka_enrich_program: Program, topics: Topics) -> None:
     environment = {**topics.environment(), **DATABASE, "KAFKA_TAIL": "1"}
     for number in range(2):
         topics.write([(b"key", b"186.58.0.%d" % n) for n in range(100)])
         process = kafka_enrich_program.start(**environment)
         wait_until(lambda: topics.end_offset() >= topics.end_offset(topics.input))
-        wait_for_epochs(topics)
         process.send_signal(signal.SIGTERM)
         assert ended(process, seconds=10).exit_code == 0
         assert topics.end_offset() == 100 * (number + 1)
-
-
-def test_following_keeps_one_execution_of_progress(kafka_enrich_program: Program, topics: Topics) -> None:
-    topics.write([(b"%d" % number, b"186.58.0.1") for number in range(100)])
-    environment = {**topics.environment(), **DATABASE, "KAFKA_TAIL": "1", "BYTEWAX_WORKERS_PER_PROCESS": "2"}
-    progress = f"{topics.input}-to-{topics.output}-2-workers-progress"
-    for _ in range(4):
-        process = kafka_enrich_program.start(**environment)
-        wait_for_line(process, "records in")
-        process.send_signal(signal.SIGTERM)
-        assert ended(process, seconds=10).exit_code == 0
-    executions = {int.from_bytes((key or b"")[:8], "little") for key, _ in topics.read(progress)}
-    assert executions == {2, 3}, "all but the last are forgotten when another one begins"
-
-
-def test_offsets_of_a_topic_that_is_only_just_created(topic_names: Topics) -> None:
-    created_soon = threading.Timer(1, topic_names.create, [topic_names.input])
-    created_soon.start()
-    partition = TopicPartition(topic_names.input, 0)
-    with topic_names.admin() as admin:
-        assert kafka_enrich.offsets_of(admin, [partition], OffsetSpec.LATEST) == {partition: 0}
-    created_soon.join()
 
 
 def test_signal_ends_following_in_a_lookup(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
     api.reply = lambda _path: Reply(delay=5)
     topics.write([(b"key", b"8.8.8.8"), (b"key", b"8.8.4.4")])
     process = kafka_enrich_program.start(**topics.environment(), IPAPI_URL=api.url, KAFKA_TAIL="1")
-    wait_until(lambda: len(api.asked) >= 4)  # the second address, so that a record has been handed over
+    wait_until(lambda: bool(api.asked))
     before = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert ended(process).exit_code == 0
@@ -425,19 +313,7 @@ def test_signal_ends_following_of_an_empty_topic(kafka_enrich_program: Program, 
     process.send_signal(signal.SIGINT)
     stopped = ended(process, seconds=5)
     assert stopped.exit_code == 0
-    assert "ended by SIGINT before the first record" in stopped.errors
-
-
-def test_threads_of_librdkafka_interrupt_none(kafka_enrich_program: Program, topics: Topics) -> None:
-    topics.write([(b"key", b"8.8.8.8")])
-    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, KAFKA_TAIL="1")
-    wait_until(lambda: topics.end_offset() == 1)
-    threads = list(Path(f"/proc/{process.pid}/task").iterdir())
-    of_librdkafka = [thread for thread in threads if (thread / "comm").read_text().startswith("rdk:broker")]
-    assert of_librdkafka
-    assert {os.sched_getscheduler(int(thread.name)) for thread in of_librdkafka} == {os.SCHED_BATCH}
-    process.terminate()
-    assert ended(process).exit_code == 0
+    assert "Traceback" not in stopped.errors
 
 
 def test_failed_lookup_stops_where_that_is_wanted(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
@@ -449,7 +325,7 @@ def test_failed_lookup_stops_where_that_is_wanted(kafka_enrich_program: Program,
     enriched = kafka_enrich_program(**environment, KAFKA_TAIL="1")
     assert enriched.exit_code == 1
     assert enriched.errors.splitlines()[-1] == (
-        "kafka_enrich.py: the look-up of 8.8.4.4 failed, and ON_LOOKUP_FAILED is stop; a new start tries again"
+        "kafka_enrich.py: 8.8.4.4 was not looked up: HTTP 403; a new start tries again (ON_LOOKUP_FAILED=stop)"
     )
     assert "Traceback" not in enriched.errors
     assert not any(b"lookup_failed" in (value or b"") for _, value in topics.read())
@@ -458,7 +334,7 @@ def test_failed_lookup_stops_where_that_is_wanted(kafka_enrich_program: Program,
 def test_settings_are_logged_without_secrets(kafka_enrich_program: Program, topics: Topics) -> None:
     environment = {**topics.environment(), **DATABASE, "IPAPI_KEY": "s3cret"}
     enriched = kafka_enrich_program(**environment)
-    assert f"input_topic={topics.input!r}" in enriched.errors
+    assert f"KAFKA_INPUT_TOPIC={topics.input}," in enriched.errors
     assert "s3cret" not in enriched.errors
 
 
