@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . misc/venv.sh requirements.txt misc/requirements.txt misc/contestants/requirements.txt
-exec .venv/bin/python misc/benchmark.py "$@"
+exec "$venv/bin/python" misc/benchmark.py "$@"

@@ -1,163 +1,134 @@
 """The files of misc/deploy, executed as far as that goes without a container engine, a cluster or a cloud."""
 
-import configparser
+import functools
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 from typing import Any
+from urllib.request import urlopen
 
 import kubernetes_validate
 import pytest
 import yaml
 from compose_spec import PyCompose
 
-from conftest import PROJECT, SAMPLE_DATABASE, Topics, wait_until
-from kafka_enrich import NAMES, PREFIXES, read_settings
+from conftest import PROJECT, SAMPLE_DATABASE, Program, Topics, wait_until
+from harness import Reader, Stream, Tally
+from kafka_enrich import Settings, read_settings
 from kafka_server import KafkaServer, free_port
-from test_metrics import get
 
 DEPLOY = PROJECT / "misc" / "deploy"
-NOBODY = 65532
 
 
 def documents(name: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all((DEPLOY / name).read_text()))
 
 
-SERVICE, STATEFUL_SET = documents("kubernetes.yaml")
-POD = STATEFUL_SET["spec"]["template"]["spec"]
-[COMPOSE] = documents("compose.yaml")
-[HELM_VALUES] = documents("helm-values.yaml")
-[INIT_CONTAINER], [CONTAINER] = POD["initContainers"], POD["containers"]
+CONFIG_MAP, DEPLOYMENT = documents("kubernetes.yaml")
+POD = DEPLOYMENT["spec"]["template"]["spec"]
+[COMPOSE], [REDPANDA], [HELM_VALUES] = map(documents, ("compose.yaml", "redpanda.yaml", "helm-values.yaml"))
+LOADER, ENRICHER = COMPOSE["services"]["load_data"], COMPOSE["services"]["kafka_enrich"]
+# What the chart of helm-values.yaml sets (bytewax/helm-charts 0.8.1, templates/statefulset.yaml), where it matters.
+CHART = {
+    "BYTEWAX_PYTHON_FILE_PATH": f"/var/bytewax/{HELM_VALUES['configuration']['pythonFileName']}",
+    "BYTEWAX_WORKDIR": "/var/bytewax",
+    "BYTEWAX_POD_NAME": "kafka-enrich-0",
+}
+HELM = {name: re.sub(r"\$\((\w+)\)", lambda its: CHART[its[1]], value) for name, value in HELM_VALUES["env"].items()}
 
 
-# --- The image: the Dockerfile's steps, in folders ----------------------------------------------------------------
-
-
-# Of what users other than root can write to, a container that is read-only has /dev/shm alone.
-READ_ONLY = """
-mount -t tmpfs tmpfs /dev/shm
-for folder in /tmp /var/tmp; do
-    mount --bind "$folder" "$folder"
-    mount -o remount,bind,ro "$folder"
+# Runs a command in an image: this machine's system and Python around a folder with what the Dockerfile adds.
+ENTER = """
+root=$1 python=$2 mode=$3 user=$4 workdir=$5; shift 5
+mount --bind "$root" "$root"
+for folder in usr bin lib lib64 etc proc dev; do
+    if [ -e "/$folder" ]; then mkdir -p "$root/$folder"; mount --rbind "/$folder" "$root/$folder"; fi
 done
-exec "$@"
+mount --bind "$python" "$root/usr/local"
+mount -t tmpfs tmpfs "$root/dev/shm"
+mount -o "remount,bind,$mode" "$root"
+exec chroot --userspec "$user" --groups= "$root" env --chdir "$workdir" "$@"
 """
 
 
-@dataclass
 class Image:
-    """What the Dockerfile makes, in a folder instead of a container, whose paths are below `root`."""
+    """What the Dockerfile makes, in a folder."""
 
-    root: Path
-    environment: dict[str, str]
-    workdir: str = ""
-    user: str = "root"
-    command: list[str] = field(default_factory=list)
-    started: list["subprocess.Popen[str]"] = field(default_factory=list)
+    def __init__(self, root: Path) -> None:
+        self.root, self.workdir, self.user = root, "/", "0:0"
+        self.environment = {"PATH": "/opt/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LD_LIBRARY_PATH": "/usr/local/lib"}
+        self.command: list[str] = []
+        self.started: list[Popen[str]] = []
+        # This machine's Python, by the name that the image has for it.
+        (root / "opt" / "bin").mkdir(parents=True)
+        (root / "tmp").mkdir()
+        (root / "opt" / "lib").symlink_to("/usr/local/lib")
+        (root / "opt" / "bin" / "python").symlink_to(f"/usr/local/bin/python3.{sys.version_info.minor}")
 
-    def here(self, text: str) -> str:
-        """Put a container's paths into the folder."""
-        return re.sub(r"(?<![\w./])/(build|venv|bytewax|var/bytewax|data|etc/bytewax)\b", rf"{self.root}/\1", text)
+    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> Popen[str]:
+        """Start a command as the image's user, who can write to nothing but /dev/shm once the image is whole."""
+        is_root = os.getuid() == 0
+        enter = ["unshare", "--mount", *([] if is_root else ["--map-root-user"]), "sh", "-euc", ENTER, "sh"]
+        where = [str(self.root), sys.base_prefix, "ro" if self.command else "rw"]
+        words = [*enter, *where, self.user if is_root else "0:0", self.workdir, *command]
+        env = {**self.environment, **environment}
+        self.started.append(Popen(words, env=env, stdout=PIPE, stderr=STDOUT, text=True, start_new_session=True))
+        return self.started[-1]
 
-    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[str]":
-        """Start a command as the image's user, with a root file system that is read-only."""
-        uid, gid = self.user.split(":")
-        namespace, user = ["unshare", "--mount", "--map-root-user"], []
-        if os.getuid() == 0:
-            namespace.pop()
-            user = ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--bounding-set=-all"]
-        process = subprocess.Popen(
-            [*namespace, "sh", "-euc", READ_ONLY, "sh", *user, *(self.here(word) for word in command)],
-            cwd=self.here(self.workdir),
-            env={name: self.here(value) for name, value in {**self.environment, **environment}.items()},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self.started.append(process)
-        return process
-
-
-def base_image(root: Path) -> Image:
-    """This machine's Python, where a user other than its owner can read it."""
-    library = Path(sysconfig.get_path("stdlib"))
-    (root / "usr" / "bin").mkdir(parents=True)
-    shutil.copytree(
-        library, root / "usr" / "lib" / library.name, ignore=shutil.ignore_patterns("site-packages", "test", "config-*")
-    )
-    for shared in library.parent.glob("libpython3.10.so*"):
-        shutil.copy(shared, root / "usr" / "lib", follow_symlinks=False)
-    shutil.copy(Path(sys.base_prefix, "bin", "python3.10"), root / "usr" / "bin" / "python")
-    path = f"{root}/usr/bin:{os.environ['PATH']}"
-    return Image(root, {"PATH": path, "LD_LIBRARY_PATH": f"{root}/usr/lib"})
-
-
-def instructions() -> Iterator[tuple[str, list[str]]]:
-    for line in (DEPLOY / "Dockerfile").read_text().splitlines():
-        if line and not line.startswith("#"):
-            instruction, _, arguments = line.partition(" ")
-            yield instruction, json.loads(arguments) if arguments.startswith("[") else arguments.split()
+    def copy(self, file: Path, place: str) -> None:
+        (self.root / place[1:]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, self.root / place[1:])
 
 
 def build(folder: Path) -> Image:
     """Do what the Dockerfile says."""
-    not_ignored = [line[1:] for line in (PROJECT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    stages: dict[str, Image] = {}
-    image = Image(folder, {})
-    for instruction, arguments in instructions():
-        match instruction, arguments:
-            case "FROM", [base, *name]:
-                assert base == "python:3.10-slim-trixie"
-                image = stages[name[-1] if name else "last"] = base_image(folder / f"stage-{len(stages)}")
-            case "COPY", [source, from_path, to_path] if source.startswith("--from="):
+    stages = {"": Image(folder / "none")}
+    image = stages[""]
+    for line in re.findall(r"^[A-Z].*", (DEPLOY / "Dockerfile").read_text(), re.M):
+        match line.split():
+            case ["FROM", "python:3.12-slim-trixie", *name]:
+                image = stages[name[-1] if name else ""] = Image(folder / f"stage-{len(stages)}")
+            case ["COPY", source, path, target] if source.startswith("--from="):
                 stage = stages[source.removeprefix("--from=")]
-                shutil.copytree(stage.here(from_path), image.here(to_path), symlinks=True)
-            case "COPY", [*files, target]:
-                place = Path(image.here(f"{image.workdir}/{target}".replace("//", "/")))
-                place.mkdir(parents=True, exist_ok=True)
+                shutil.copytree(stage.root / path[1:], image.root / target[1:], symlinks=True)
+            case ["COPY", *files, target]:
                 for file in files:
-                    assert file in not_ignored
-                    shutil.copy(PROJECT / file, place)
-            case "RUN", command:
-                script = image.here(" ".join(command))
-                subprocess.run(["sh", "-c", script], cwd=image.here(image.workdir), env=image.environment, check=True)
-            case "WORKDIR", [workdir]:
+                    assert f"!{file}" in (PROJECT / ".dockerignore").read_text().splitlines()
+                    image.copy(PROJECT / file, f"{image.workdir}/{target}/{Path(file).name}")
+            case ["RUN", *_]:
+                process = image.start(["sh", "-c", line.removeprefix("RUN ")], {})
+                output = process.communicate()[0]
+                assert process.returncode == 0, output
+            case ["WORKDIR", workdir]:
                 image.workdir = workdir
-                Path(image.here(image.workdir)).mkdir(parents=True)
-            case "ENV", settings:
-                values = dict(setting.split("=", 1) for setting in settings)
-                values["PATH"] = image.here(values["PATH"]).replace("$PATH", image.environment["PATH"])
-                image.environment.update(values)
-            case "USER", [user]:
+            case ["ENV", *settings]:
+                before = image.environment["PATH"]
+                image.environment |= dict(setting.replace("$PATH", before).split("=", 1) for setting in settings)
+            case ["USER", user]:
                 image.user = user
-            case "CMD", command:
-                image.command = command
+            case ["CMD", *_]:
+                image.command = json.loads(line.removeprefix("CMD "))
             case _:
-                raise AssertionError(instruction)
+                raise AssertionError(line)
     return image
 
 
 @pytest.fixture(scope="module")
 def built() -> Iterator[Image]:
-    # Not below pytest's own folder, which only its owner can enter.
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # which READ_ONLY covers
-        Path(folder).chmod(0o755)
+    with tempfile.TemporaryDirectory() as folder:
         image = build(Path(folder))
-        (image.root / "data").mkdir()
-        shutil.copy(SAMPLE_DATABASE, image.root / "data" / "city.mmdb")
+        for settings in (HELM, CONFIG_MAP["data"], ENRICHER["environment"]):
+            image.copy(SAMPLE_DATABASE, settings["GEOIP_DATABASE"])
+        image.copy(PROJECT / "kafka_enrich.py", CHART["BYTEWAX_PYTHON_FILE_PATH"])
         yield image
 
 
@@ -171,172 +142,123 @@ def image(built: Image) -> Iterator[Image]:
         print(process.communicate()[0])
 
 
-def stop(processes: Sequence["subprocess.Popen[str]"], seconds: float) -> list[str]:
-    """Stop processes as containers are stopped; what they printed."""
-    for process in processes:
-        process.terminate()
-    outputs = [process.communicate(timeout=seconds)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), outputs
-    return outputs
+def stop(process: Popen[str]) -> str:
+    """Stop a process as Kubernetes does; what it printed."""
+    process.terminate()
+    output = process.communicate(timeout=POD["terminationGracePeriodSeconds"])[0]
+    assert process.returncode == 0, output
+    return output
 
 
 def on_the_topics_of(topics: Topics, environment: Mapping[str, str]) -> dict[str, str]:
     """A container's variables, with the broker, the topics and the port that this test has."""
-    changed = {**topics.environment(), "METRICS_PORT": str(free_port())}
-    return {**environment, **{name: value for name, value in changed.items() if name in environment}}
+    return {**environment, **topics.environment(), "METRICS_PORT": str(free_port())}
 
 
-def with_topics(environment: Mapping[str, str]) -> dict[str, str]:
-    return {"KAFKA_INPUT_TOPIC": "", "KAFKA_OUTPUT_TOPIC": "", **environment}
+def served(environment: Mapping[str, str], path: str = "/metrics") -> str:
+    """What a copy serves on its port; an empty text while it does not."""
+    with suppress(OSError), urlopen(f"http://localhost:{environment['METRICS_PORT']}{path}", timeout=10) as response:
+        return str(response.read().decode())
+    return ""
+
+
+def has_committed(environment: Mapping[str, str]) -> bool:
+    metrics = served(environment, POD["containers"][0]["startupProbe"]["httpGet"]["path"])
+    return bool(re.search(r"^kafka_enrich_commits_total [1-9]", metrics, re.M))
 
 
 @pytest.mark.timeout(600)
 def test_image_follows_as_nobody_and_stops(image: Image, topics: Topics) -> None:
-    environment = on_the_topics_of(topics, with_topics(COMPOSE["services"]["kafka_enrich"]["environment"]))
     topics.write([(b"key", b"2001:1b68::1")])
-    process = image.start(image.command, environment)
+    process = image.start(image.command, on_the_topics_of(topics, ENRICHER["environment"]))
     wait_until(lambda: topics.end_offset() == 1)
     status = Path(f"/proc/{process.pid}/status").read_text()
-    assert f"Uid:\t{NOBODY if os.getuid() == 0 else os.getuid()}" in status
-    assert "Name:\tpython" in status  # and not the shell of entrypoint.sh
-    assert stop([process], 10)[0].endswith(
-        "1 located, 0 invalid_ip, 0 reserved_ip, 0 not_found, 0 lookup_failed; 0 from the cache\n"
-    )
+    assert "Name:\tpython" in status  # and not a shell, which would keep the signal to itself
+    assert f"Uid:\t{POD['securityContext']['runAsUser'] if os.getuid() == 0 else os.getuid()}" in status
+    assert stop(process).endswith("1 records: 1 located; 0 from the cache\n")
 
 
 def test_image_runs_the_loader(image: Image, topic_names: Topics) -> None:
-    command = COMPOSE["services"]["load_data"]["command"]
-    environment = with_topics(COMPOSE["services"]["load_data"]["environment"])
-    process = image.start(command, on_the_topics_of(topic_names, environment))
+    process = image.start(LOADER["command"], {**LOADER["environment"], **topic_names.environment()})
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "loaded 154 records" in output
 
 
-# --- Kubernetes ---------------------------------------------------------------------------------------------------
+def test_manifests_are_valid() -> None:
+    for document in (CONFIG_MAP, DEPLOYMENT):
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
 
 
-@pytest.mark.parametrize("document", [SERVICE, STATEFUL_SET], ids=lambda document: str(document["kind"]))
-def test_manifests_are_valid(document: dict[str, Any]) -> None:
-    kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+def test_rolling_update_enriches_each_record_once(image: Image, topics: Topics) -> None:
+    """Two replicas are replaced as the Deployment says: a new one has to work before an old one goes."""
+    assert DEPLOYMENT["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    pods, outputs = [], []
+    stream = Stream(topics, 2_000, 0)
+    try:
+        for _ in range(4):
+            environment = on_the_topics_of(topics, CONFIG_MAP["data"])
+            pods.append(image.start(image.command, environment))
+            wait_until(functools.partial(has_committed, environment))
+            if len(pods) > 2:
+                outputs.append(stop(pods.pop(0)))
+        written = stream.stop()
+    finally:
+        stream.abandon()
+    wait_until(lambda: len(Tally(Reader(topics, topics.output).read_all()).seen) == written)
+    outputs += [stop(pod) for pod in pods]
+    out = Tally(Reader(topics, topics.output).read_all())
+    assert out.seen.keys() == set(range(written))
+    assert (out.doubled, out.out_of_order) == (0, 0)
+    shares = [int(re.findall(r"(\d+) records", output)[-1]) for output in outputs]
+    assert (sum(shares), min(shares) > 0) == (written, True)
 
 
-def variables(container: dict[str, Any], pod: str) -> dict[str, str]:
-    """The variables of a container in a pod, as Kubernetes sets them."""
-    metadata = {"metadata.name": pod}
-    return {
-        variable["name"]: variable.get("value") or metadata[variable["valueFrom"]["fieldRef"]["fieldPath"]]
-        for variable in container["env"]
-    }
-
-
-def test_stateful_set_is_one_cluster(image: Image, topics: Topics) -> None:
-    replicas = STATEFUL_SET["spec"]["replicas"]
-    host_file = image.root / "etc" / "bytewax" / "hostfile.txt"
-    host_file.parent.mkdir(parents=True)
-    subprocess.run(
-        [image.here(word) for word in INIT_CONTAINER["command"]], env=variables(INIT_CONTAINER, "any"), check=True
-    )
-    port = SERVICE["spec"]["ports"][0]["port"]
-    hosts = [f"{STATEFUL_SET['metadata']['name']}-{n}.{SERVICE['metadata']['name']}" for n in range(replicas)]
-    assert host_file.read_text().splitlines() == [f"{host}:{port}" for host in hosts]
-    assert STATEFUL_SET["spec"]["serviceName"] == SERVICE["metadata"]["name"]
-    host_file.write_text("".join(f"localhost:{free_port()}\n" for _ in hosts))  # each pod has an address of its own
-
-    environments = [on_the_topics_of(topics, variables(CONTAINER, host.partition(".")[0])) for host in hosts]
-    processes = [image.start(image.command, environment) for environment in environments]
-    probe = CONTAINER["livenessProbe"]["httpGet"]
-    assert probe["port"] == "metrics"
-    ports = [int(environment["METRICS_PORT"]) for environment in environments]
-    wait_until(lambda: all(get(port, probe["path"]) for port in ports))
-    topics.write([(b"key-%d" % number, b"2001:1b68::1") for number in range(60)])
-    wait_until(lambda: topics.end_offset() == 60)
-    outputs = stop(processes, POD["terminationGracePeriodSeconds"])
-    counts = [int(re.findall(r"(\d+) located", output)[-1]) for output in outputs]
-    assert sum(counts) == 60
-    assert all(count > 0 for count in counts)
-
-
-def test_containers_can_do_nothing_but_run() -> None:
-    assert POD["securityContext"]["runAsNonRoot"]
-    assert POD["securityContext"]["runAsUser"] == NOBODY
-    for container in (INIT_CONTAINER, CONTAINER):
-        assert container["securityContext"]["readOnlyRootFilesystem"]
-        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-    mounts = {mount["name"]: mount for mount in CONTAINER["volumeMounts"]}
-    assert all(mount["readOnly"] for mount in mounts.values())
-    assert mounts.keys() == {volume["name"] for volume in POD["volumes"]}
-
-
-def test_chart_starts_it(image: Image, topics: Topics) -> None:
-    """With the variables of the chart's StatefulSet (bytewax/helm-charts, templates/statefulset.yaml), one process."""
-    host_file = image.root / "chart-hostfile.txt"
-    host_file.write_text(f"localhost:{free_port()}\n")
-    script = Path(image.here("/var/bytewax/")) / HELM_VALUES["configuration"]["pythonFileName"]
-    script.parent.mkdir(parents=True)
-    shutil.copy(PROJECT / "kafka_enrich.py", script)
-    from_the_chart = {
-        "BYTEWAX_PYTHON_FILE_PATH": str(script),
-        "BYTEWAX_WORKDIR": "/var/bytewax",
-        "BYTEWAX_WORKERS_PER_PROCESS": "1",
-        "BYTEWAX_POD_NAME": "kafka-enrich-0",
-        "BYTEWAX_REPLICAS": "1",
-        "BYTEWAX_KEEP_CONTAINER_ALIVE": "false",
-        "BYTEWAX_HOSTFILE_PATH": str(host_file),
-        "BYTEWAX_STATEFULSET_NAME": "kafka-enrich",
-        "BYTEWAX_DATAFLOW_API_ENABLED": "true",
-        "BYTEWAX_DATAFLOW_API_PORT": str(free_port()),
-    }
-    from_the_values = {**HELM_VALUES["env"], "GEOIP_DATABASE": "/data/city.mmdb"}
-    environment = on_the_topics_of(topics, with_topics(from_the_values))
-    topics.write([(b"key", b"2001:1b68::1")])
-    image.start(["sh", "-c", "sh ./entrypoint.sh"], {**from_the_chart, **environment})
-    wait_until(lambda: topics.end_offset() == 1)
-
-
-# --- Compose, systemd, Prometheus -----------------------------------------------------------------------------------
-
-
-def test_compose_file_is_valid() -> None:
-    without_variables = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", json.dumps(COMPOSE))
-    PyCompose.from_json(without_variables).validate_volumes()
-    profiles = {profile for service in COMPOSE["services"].values() for profile in service.get("profiles", [])}
-    assert (DEPLOY / ".env").read_text().splitlines()[-1] == "COMPOSE_PROFILES=kafka"
-    assert profiles == {"kafka", "redpanda"}
-    for name in ("kafka", "redpanda"):
-        assert COMPOSE["services"][name]["networks"]["default"]["aliases"] == ["broker"]
+def test_compose_files_are_valid() -> None:
+    for compose in (COMPOSE, REDPANDA):
+        PyCompose.from_json(re.sub(r"\$\{\w+:-(.*?)\}", r"\1", json.dumps(compose))).validate_volumes()
+    assert REDPANDA["services"].keys() == {"broker"} < COMPOSE["services"].keys()
 
 
 def test_broker_of_the_compose_file_takes_records() -> None:
     """The image of Apache Kafka makes a property of each variable: KAFKA_NODE_ID is node.id."""
-    port, controller = free_port(), free_port()
+    port = free_port()
+    text = json.dumps(COMPOSE["services"]["broker"]["environment"]).replace(":9093", f":{free_port()}")
+    text = text.replace("broker:9092", f"localhost:{port}").replace(":9092", f":{port}")
     properties = {
         name.removeprefix("KAFKA_").lower().replace("_", "."): str(value)
-        .replace("broker:9092", f"localhost:{port}")
-        .replace(":9092", f":{port}")
-        .replace(":9093", f":{controller}")
-        for name, value in COMPOSE["services"]["kafka"]["environment"].items()
-        if name.startswith("KAFKA_") and name != "KAFKA_LOG_DIRS"
+        for name, value in json.loads(text).items()
+        if name not in ("CLUSTER_ID", "KAFKA_LOG_DIRS")
     }
     with KafkaServer(port, settings=properties) as server:
         topics = Topics(server.address, "from", "to")
         topics.create("from")
         topics.write([(None, b"9.9.9.9")])
         assert topics.read("from") == [(None, b"9.9.9.9")]
+        server.kill()  # nothing of it is needed any more
 
 
-def unit() -> configparser.SectionProxy:
-    parser = configparser.ConfigParser(strict=False, interpolation=None)
-    parser.read(DEPLOY / "kafka_enrich.service")
-    return parser["Service"]
+@pytest.mark.parametrize("chart", [False, True], ids=["compose", "chart"])
+def test_start_after_a_kill_waits_for_no_time_out(image: Image, topics: Topics, chart: bool) -> None:
+    command = ["sh", "-c", "sh ./entrypoint.sh"] if chart else image.command
+    environment = on_the_topics_of(topics, {**CHART, **HELM} if chart else ENRICHER["environment"])
+    topics.write([(b"key", b"2001:1b68::1")])
+    killed = image.start(command, environment)
+    wait_until(lambda: has_committed(environment))
+    os.killpg(killed.pid, signal.SIGKILL)
+    topics.write([(b"key", b"2001:1b68::1")])
+    image.start(command, environment)
+    wait_until(lambda: topics.end_offset() == 2, 8)  # the session of the killed one takes 10 s to end
 
 
-def test_unit_does_not_start_again_what_cannot_work() -> None:
-    environment = {"PATH": os.environ["PATH"], "CACHE_SIZE": "-1"}
-    script = PROJECT / Path(shlex.split(unit()["ExecStart"])[-1]).name
-    ended = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, check=False)
-    assert str(ended.returncode) == unit()["RestartPreventExitStatus"]
-    assert int(unit()["TimeoutStopSec"]) > 8
+def test_unit_starts_again_only_what_can_work(topic_names: Topics, kafka_enrich_program: Program) -> None:
+    service = dict(re.findall(r"^(\w+)=(.*)", (DEPLOY / "kafka_enrich.service").read_text(), re.M))
+    assert Path(service["ExecStart"].split()[-1]).name == kafka_enrich_program.script.name
+    assert service["Restart"] == "on-failure"
+    name, _, value = service["Environment"].partition("=")
+    environment = {**topic_names.environment(), name: value.replace("%H", "host.example"), "KAFKA_TAIL": "1"}
+    assert kafka_enrich_program(**environment, CACHE_SIZE="-1").exit_code == int(service["RestartPreventExitStatus"])
+    assert kafka_enrich_program(**environment).exit_code == 1  # the topics are not there yet
 
 
 def test_metrics_that_are_watched_exist(image: Image, topics: Topics) -> None:
@@ -346,46 +268,33 @@ def test_metrics_that_are_watched_exist(image: Image, topics: Topics) -> None:
     expressions += [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
     watched = {name for text in expressions for name in re.findall(r"\b(?:kafka_enrich|process)_\w+", text)}
     assert len(watched) > 8
-    environment = on_the_topics_of(topics, with_topics(COMPOSE["services"]["kafka_enrich"]["environment"]))
-    port = int(environment["METRICS_PORT"])
-    process = image.start(image.command, environment)
-    wait_until(lambda: bool(get(port)))
-    served = get(port)
-    stop([process], 10)
-    assert all(re.search(rf"^{name}\b", served, re.M) for name in watched), watched
-    assert scrape["scrape_configs"][0]["job_name"] == "kafka_enrich"
-    assert scrape["rule_files"] == ["alerts.yml"]
+    environment = on_the_topics_of(topics, ENRICHER["environment"])
+    image.start(image.command, environment)
+    wait_until(lambda: bool(served(environment)))
+    metrics = served(environment)
+    assert {name for name in watched if not re.search(rf"^{name}\b", metrics, re.M)} == set()
+    assert (scrape["scrape_configs"][0]["job_name"], scrape["rule_files"]) == ("kafka_enrich", ["alerts.yml"])
 
 
-# --- What all of them say -------------------------------------------------------------------------------------------
+def is_setting(name: str) -> bool:
+    properties = ("KAFKA_CLIENT_", "KAFKA_CONSUMER_", "KAFKA_PRODUCER_")
+    return name.lower() in Settings.__struct_fields__ or name.startswith(properties)
 
 
 def test_settings_in_the_files_exist_and_can_be_used() -> None:
-    described = {
-        "kubernetes": variables(CONTAINER, "kafka-enrich-0"),
-        "helm": HELM_VALUES["env"],
-        "load_data": COMPOSE["services"]["load_data"]["environment"],
-        "kafka_enrich": COMPOSE["services"]["kafka_enrich"]["environment"],
-    }
-    for environment in described.values():
-        assert environment.keys() <= set(NAMES)
-        read_settings({name: value for name, value in environment.items() if not name.startswith("BYTEWAX_")})
-
-
-OTHERS = {"CITY_DATABASE", "COMPOSE_PROFILES", "NAME", "PATH", "PYTHONDONTWRITEBYTECODE", "TMPDIR"}
+    for environment in (CONFIG_MAP["data"], HELM, LOADER["environment"], ENRICHER["environment"]):
+        assert [name for name in environment if not is_setting(name)] == []
+        read_settings(environment)
 
 
 @pytest.mark.parametrize("path", [PROJECT / "README.md", *sorted(DEPLOY.glob("*"))], ids=lambda path: path.name)
 def test_names_with_values_are_settings(path: Path) -> None:
-    for name in re.findall(r"(?<![\w$&])([A-Z][A-Z_]{2,})=", path.read_text()):
-        assert name in NAMES or name.startswith(PREFIXES) or name in OTHERS
+    names = set(re.findall(r"(?<![\w$&])([A-Z][A-Z_]{2,})=", path.read_text()))
+    others = {"CITY_DATABASE", "NAME", "PATH", "PYTHONDONTWRITEBYTECODE"}
+    assert [name for name in names - others if not is_setting(name)] == []
 
 
-@pytest.mark.parametrize("script", sorted(PROJECT.glob("misc/**/*.sh")), ids=lambda path: path.name)
-def test_shell_scripts_are_clean(script: Path) -> None:
-    shellcheck = Path(sys.executable).with_name("shellcheck")
-    subprocess.run([shellcheck, "--external-sources", script.relative_to(PROJECT)], cwd=PROJECT, check=True)
-
-
-def test_dockerfile_is_clean() -> None:
-    subprocess.run([Path(sys.executable).with_name("hadolint"), DEPLOY / "Dockerfile"], check=True)
+def test_shell_scripts_and_the_dockerfile_are_clean() -> None:
+    checkers = Path(sys.executable).parent
+    subprocess.run([checkers / "shellcheck", "-x", *PROJECT.glob("misc/**/*.sh")], cwd=PROJECT, check=True)
+    subprocess.run([checkers / "hadolint", DEPLOY / "Dockerfile"], check=True)

@@ -11,7 +11,7 @@ import org.apache.kafka.common.serialization.Serdes;
 import org.apache.kafka.streams.StreamsBuilder;
 import org.apache.kafka.streams.StreamsConfig;
 
-/** The same work with Kafka Streams, on as many threads as THREADS says. It follows the topic until it is killed. */
+/** The same work with Kafka Streams, on THREADS threads with GUARANTEE. It follows the topic until it is killed. */
 public class KafkaStreams {
     private static final ObjectMapper JSON = new ObjectMapper();
 
@@ -29,9 +29,10 @@ public class KafkaStreams {
     public static void main(String[] arguments) throws Exception {
         reader = new Reader(new File(System.getenv("GEOIP_DATABASE")), Reader.FileMode.MEMORY_MAPPED);
         Properties settings = new Properties();
-        settings.put(StreamsConfig.APPLICATION_ID_CONFIG, System.getenv("GROUP"));
+        settings.put(StreamsConfig.APPLICATION_ID_CONFIG, System.getenv("KAFKA_GROUP_ID"));
         settings.put(StreamsConfig.BOOTSTRAP_SERVERS_CONFIG, System.getenv("KAFKA_BROKERS"));
         settings.put(StreamsConfig.NUM_STREAM_THREADS_CONFIG, System.getenv("THREADS"));
+        settings.put(StreamsConfig.PROCESSING_GUARANTEE_CONFIG, System.getenv("GUARANTEE"));
         settings.put(StreamsConfig.STATE_DIR_CONFIG, System.getenv("STATE_DIR"));
         settings.put(StreamsConfig.DEFAULT_KEY_SERDE_CLASS_CONFIG, Serdes.ByteArraySerde.class);
         settings.put(StreamsConfig.DEFAULT_VALUE_SERDE_CLASS_CONFIG, Serdes.ByteArraySerde.class);

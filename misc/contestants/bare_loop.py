@@ -5,7 +5,9 @@ import os
 from confluent_kafka import Consumer, Producer
 from enrich import BROKERS, INPUT, OUTPUT, enrich
 
-consumer = Consumer({"bootstrap.servers": BROKERS, "group.id": os.environ["GROUP"], "auto.offset.reset": "earliest"})
+consumer = Consumer(
+    {"bootstrap.servers": BROKERS, "group.id": os.environ["KAFKA_GROUP_ID"], "auto.offset.reset": "earliest"}
+)
 producer = Producer(
     {
         "bootstrap.servers": BROKERS,

@@ -7,7 +7,7 @@ import socket
 from typing import Any
 
 import maxminddb
-import orjson
+import msgspec
 
 BROKERS, INPUT, OUTPUT = (os.environ[f"KAFKA_{name}"] for name in ("BROKERS", "INPUT_TOPIC", "OUTPUT_TOPIC"))
 READER = maxminddb.open_database(os.environ["GEOIP_DATABASE"], maxminddb.MODE_MMAP_EXT)
@@ -29,7 +29,7 @@ def enrich(value: bytes) -> bytes:
     }
     if not (record["city"] or record["region"] or record["country_name"]):
         record["error"] = "not_found"
-    return orjson.dumps(record)
+    return msgspec.json.encode(record)
 
 
 def name(field: Any) -> Any:

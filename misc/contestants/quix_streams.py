@@ -7,7 +7,7 @@ from quixstreams import Application
 
 application = Application(
     broker_address=BROKERS,
-    consumer_group=os.environ["GROUP"],
+    consumer_group=os.environ["KAFKA_GROUP_ID"],
     auto_offset_reset="earliest",
     loglevel="WARNING",
     producer_extra_config={"enable.idempotence": True, "queue.buffering.max.messages": 1_000_000},
