@@ -506,7 +506,7 @@ class KafkaInput(StatelessSourcePartition[Message]):
             return True
         if error.code() == KafkaError._PARTITION_EOF:
             self._ends[message.partition() or 0] = message.offset() or 0
-        elif error.fatal() or error.code() in REFUSALS:
+        elif error.fatal() or error.code() in (*REFUSALS, KafkaError._FATAL, KafkaError.INVALID_SESSION_TIMEOUT):
             raise RunError(f"topic {self._worker.settings.kafka_input_topic!r} cannot be read: {error.str()}")
         else:
             log.info("worker %s: %s", self._worker.name, error.str())
