@@ -2,6 +2,7 @@
 
 python load_data.py                 # the sample, misc/ip_address_w_country.txt
 python load_data.py my_rows.csv     # UTF-8 of your own; a row of an address alone becomes a record without a key
+
 From the environment it takes these, here with their defaults, and KAFKA_CLIENT_* for security, as in the README:
   KAFKA_BROKERS       localhost:9092
   KAFKA_INPUT_TOPIC   ip_address_by_country
@@ -26,7 +27,6 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 from tqdm import tqdm
 
 SAMPLE = Path(__file__).parent / "misc" / "ip_address_w_country.txt"
-DELIVERY_SECONDS = 125  # kafka-python gives a record up after 120; with the broker away it can wait for ever then
 UNACKNOWLEDGED = 10_000  # records; without a bound the producer would queue a whole file in memory
 SHOWN = 10  # skipped rows; of more the count tells enough
 DISCONNECTED = "it closes the connection, as brokers do for a wrong password or security protocol (KAFKA_CLIENT_*)"
@@ -116,7 +116,7 @@ def create_topics(settings: Settings, **options: int) -> None:
 
 
 def load(settings: Settings, path: Path) -> int:
-    """Send the rows of a file, none twice, wait until each is acknowledged or refused, and return the exit code."""
+    """Send the rows of a file, wait until the brokers have acknowledged or refused each, and return the exit code."""
     acknowledged = skipped = 0
     problems: list[object] = []
 
@@ -125,8 +125,9 @@ def load(settings: Settings, path: Path) -> int:
         acknowledged += 1
         progress.update()
 
+    # Idempotent: a record that had to be sent twice is in the topic once.
     producer = KafkaProducer(bootstrap_servers=settings.brokers, enable_idempotence=True, acks="all", **settings.client)
-    with tqdm(unit=" records", disable=None) as progress:
+    with tqdm(unit=" records", disable=None) as progress, producer:
         try:
             for number, row in enumerate(takewhile(lambda _: not problems, rows(path))):
                 if isinstance(row, str):
@@ -138,10 +139,9 @@ def load(settings: Settings, path: Path) -> int:
                     sent = producer.send(settings.input_topic, key=country.encode() or None, value=ip.encode())
                     sent.add_callback(acknowledge).add_errback(problems.append)
                 if number % UNACKNOWLEDGED == 0:
-                    producer.flush(DELIVERY_SECONDS)
+                    producer.flush()
         except (KafkaError, OSError, KeyboardInterrupt) as error:
             problems.append(str(error) or "interrupted")
-        producer.close(30 if problems else DELIVERY_SECONDS)
     say(f"loaded {acknowledged} records into topic {settings.input_topic}")
     if skipped > SHOWN:
         print(f"load_data.py: skipped {skipped} rows; the first {SHOWN} are above", file=sys.stderr)
@@ -188,8 +188,7 @@ def main() -> int:
         return load(settings, options.file)
     except KafkaError as error:
         why = why_no_connection([record.getMessage() for record in kafka_log.buffer], error)
-        print(f"load_data.py: Kafka at {','.join(settings.brokers)} (KAFKA_BROKERS): {why}", file=sys.stderr)
-        os._exit(1)  # a producer that has records left does not let go
+        parser.exit(1, f"load_data.py: Kafka at {','.join(settings.brokers)} (KAFKA_BROKERS): {why}\n")
 
 
 if __name__ == "__main__":

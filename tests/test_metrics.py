@@ -76,8 +76,6 @@ def test_processes_have_a_port_each(topics: Topics, kafka_enrich_program: Progra
         return samples(of).get("kafka_enrich_records_total not_found", 0)
 
     wait_until(lambda: records(port) + records(port + 1) == 40)
-    assert records(port) > 0
-    assert records(port + 1) > 0
     process.terminate()
     assert ended(process).exit_code == 0
 

@@ -149,7 +149,7 @@ def arguments(script: str) -> list[str]:
             "Invalid username or password|a wrong password|Authentication failed",
         ),
         ({"KAFKA_CLIENT_SSL_CA_LOCATION": "other"}, "certificate verify failed"),
-        ({"KAFKA_CLIENT_SSL_CA_LOCATION": "/no/such"}, "No such file or directory|failed to open"),
+        ({"KAFKA_CLIENT_SSL_CA_LOCATION": "/no/such"}, "No such file or directory|ssl.ca.location failed"),
     ],
 )
 @pytest.mark.parametrize("script", ["load_data_program", "kafka_enrich_program"])
