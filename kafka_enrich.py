@@ -489,7 +489,7 @@ class KafkaInput(StatelessSourcePartition[Message]):
             if self._remaining is not None:
                 worker.commit()  # so that a bounded run does not wait for its end
             message = self._consumer.poll(IDLE_SECONDS)
-            messages = [message] if message else []
+            messages = [] if message is None else [message]  # one without a value is false
         if rebalances != worker.rebalances:  # of partitions that have just left, the next owner reads it
             owned = {part.partition for part in self._consumer.assignment()}
             messages = [message for message in messages if message.partition() in owned]

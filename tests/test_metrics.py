@@ -2,6 +2,7 @@
 
 import urllib.error
 import urllib.request
+from functools import partial
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -58,6 +59,24 @@ def test_metrics_count_what_becomes_of_records(topics: Topics, kafka_enrich_prog
     assert any(name.startswith("kafka_enrich_build_info 0.21.1 ") for name in found)
     process.terminate()
     assert ended(process).exit_code == 0
+
+
+def test_record_without_a_value_that_comes_alone_is_counted(topics: Topics, kafka_enrich_program: Program) -> None:
+    port = free_port()
+    process = kafka_enrich_program.start(
+        **topics.environment(), KAFKA_TAIL="1", GEOIP_DATABASE=str(SAMPLE_DATABASE), METRICS_PORT=str(port)
+    )
+    wait_until(lambda: samples(port).get("kafka_enrich_rebalances_total") == 1)
+    for value, result in [(None, "tombstone"), (b"", "invalid_ip")]:
+        topics.write([(b"key", value)])
+        wait_until(partial(counted, port, result), 10)
+    process.terminate()
+    assert ended(process).exit_code == 0
+    assert topics.end_offset() == 2
+
+
+def counted(port: int, result: str) -> bool:
+    return samples(port).get(f"kafka_enrich_records_total {result}") == 1
 
 
 def test_processes_have_a_port_each(topics: Topics, kafka_enrich_program: Program) -> None:
