@@ -39,11 +39,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypedDict, TypeVar, get_type_hints
@@ -54,6 +55,7 @@ import msgspec
 import requests
 import urllib3
 from bytewax.dataflow import Dataflow
+from bytewax.errors import BytewaxRuntimeError
 from bytewax.inputs import DynamicSource, StatelessSourcePartition
 from bytewax.outputs import DynamicSink, StatelessSinkPartition
 from bytewax.testing import cluster_main
@@ -147,10 +149,8 @@ STOP_LIMIT = 5.0  # s that a stop waits for a rebalance to end; containers often
 LEAVE_LIMIT = 1.5  # s; in the midst of a rebalance it can take longer, and the session times out anyway
 REMINDER_SECONDS = 60
 
-# What brokers answer where doing it again cannot help.
-REFUSALS = {
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
+# What brokers answer where doing it again cannot help: of one record, or of all.
+RECORD_REFUSALS = {
     KafkaError.INVALID_MSG,
     KafkaError.INVALID_MSG_SIZE,
     KafkaError.INVALID_RECORD,
@@ -158,12 +158,24 @@ REFUSALS = {
     KafkaError.MSG_SIZE_TOO_LARGE,
     KafkaError.POLICY_VIOLATION,
     KafkaError.RECORD_LIST_TOO_LARGE,
+}
+REFUSALS = RECORD_REFUSALS | {
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
     KafkaError.UNKNOWN_TOPIC_OR_PART,
     KafkaError.UNSUPPORTED_COMPRESSION_TYPE,
     KafkaError._UNKNOWN_PARTITION,
     KafkaError._UNKNOWN_TOPIC,
+}
+# Why a member cannot join its group: what another one took over, has chosen, or what the brokers forbid.
+GROUP_REFUSALS = {
+    KafkaError._FATAL,
+    KafkaError.FENCED_INSTANCE_ID,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.INCONSISTENT_GROUP_PROTOCOL,
+    KafkaError.INVALID_SESSION_TIMEOUT,
 }
 REBALANCING = {KafkaError.ILLEGAL_GENERATION, KafkaError.REBALANCE_IN_PROGRESS, KafkaError.UNKNOWN_MEMBER_ID}
 
@@ -264,13 +276,12 @@ class Worker:
         if self.refused:
             raise self.refused
         reason, code = reason_of(error), code_of(error)
-        if code in REFUSALS and self.one_by_one:
+        if not self.settings.exactly_once and code in REFUSALS:
             raise RunError(f"group {self.settings.group!r}: offsets cannot be committed: {reason}")
         # Whether a transaction took effect may be unknown: a new producer puts an end to it, and then the group's
         # offsets tell. Offsets alone are just committed the next time.
         if self.settings.exactly_once or isinstance(error, TimeoutError):
             self.broken = reason
-            self.batch_refused = self.batch_refused or code in REFUSALS
         if code in REBALANCING:
             log.info("worker %s does again what it had not committed: %s", self.name, reason)
         else:
@@ -282,6 +293,8 @@ class Worker:
         Raises:
             KafkaException, TimeoutError: Kafka does not answer; the worker is still broken.
         """
+        if self.settings.exactly_once:
+            self.learn_why()
         self.one_by_one = self.one_by_one or self.batch_refused
         old, self.producer = self.producer, self.connect_producer()
         threading.Thread(target=retire, args=[old], daemon=True).start()
@@ -295,6 +308,24 @@ class Worker:
             forgotten.clear()
         self.broken = None
 
+    def learn_why(self) -> None:
+        """Ask a transaction that failed why: the reports of its records only say that they were purged.
+
+        Raises:
+            RunError: a record or its topic was refused, and it is known that doing it again does not help.
+        """
+        anything = [TopicPartition(self.settings.kafka_input_topic, 0, 0)]  # it is never committed
+        member = self.consumer.consumer_group_metadata()
+        try:
+            within(ASK_SECONDS, self.producer.send_offsets_to_transaction, anything, member, ASK_SECONDS)
+        except (KafkaException, TimeoutError) as error:
+            if code_of(error) not in REFUSALS:
+                return
+            if self.one_by_one:
+                output = self.settings.kafka_output_topic
+                raise RunError(f"topic {output!r} cannot be written: {reason_of(error)}") from None
+            self.batch_refused = True
+
     def begin_transactions(self) -> None:
         """Begin the first transaction of a producer, where there are any; errors as do_again."""
         if self.settings.exactly_once:
@@ -307,10 +338,16 @@ class Worker:
             return
         if error.code() in REFUSALS and self.one_by_one:
             topic, partition, offset = record.topic(), record.partition(), record.offset() or 0
+            advice = "mend that; nothing after it is committed"
+            if error.code() in RECORD_REFUSALS:
+                advice = (
+                    f"mend that (max.message.bytes?), or skip the record: kafka-consumer-groups.sh --group "
+                    f"{self.settings.group} --topic {topic}:{partition} --reset-offsets --to-offset {offset + 1} "
+                    "--execute"
+                )
+            output = self.settings.kafka_output_topic
             self.refused = self.refused or RunError(
-                f"{topic}[{partition}] offset {offset} is refused by topic {self.settings.kafka_output_topic!r}: "
-                f"{error.str()}; mend that (max.message.bytes?), or skip the record: kafka-consumer-groups.sh --group "
-                f"{self.settings.group} --topic {topic}:{partition} --reset-offsets --to-offset {offset + 1} --execute"
+                f"{topic}[{partition}] offset {offset} is refused by topic {output!r}: {error.str()}; {advice}"
             )
         else:
             # All records of a batch have the same report, so only one by one do they tell which was refused.
@@ -434,10 +471,16 @@ def reason_of(error: BaseException) -> str:
     return cause.str() if isinstance(cause, KafkaError) else str(error)
 
 
-def code_of(error: BaseException) -> int | None:
+def code_of(error: BaseException | None) -> int | None:
     """Find the code of Kafka's error, where it is one."""
-    cause = error.args[0] if error.args else None
+    cause = error.args[0] if error and error.args else None
     return cause.code() if isinstance(cause, KafkaError) else None
+
+
+def is_trouble(message: Message) -> bool:
+    """Tell what a consumer says of itself from records and from ends of partitions."""
+    error = message.error()
+    return error is not None and error.code() != KafkaError._PARTITION_EOF
 
 
 class KafkaInput(StatelessSourcePartition[Message]):
@@ -453,7 +496,9 @@ class KafkaInput(StatelessSourcePartition[Message]):
         # A look-up over HTTP may take seconds, and between two batches the group and a stop get their turn.
         self._batch_size = 1_000 if settings.geoip_database else 1
         self._ends: dict[int, int] = {}  # by partition: the offset after its last record, when there is no next one
-        self._remaining = None if tail else remaining(self._consumer, topic)
+        # Of a member that waits for a rebalance, brokers answer no question before that ends; of who only asks they do.
+        self._asks = self._consumer if tail else Consumer(asking_properties(settings, brokers), logger=LIBRDKAFKA_LOG)
+        self._remaining = None if tail else remaining(self._asks, topic)
         self._ask_at = self._commit_at = 0.0
         if self._remaining == {}:
             log.info(
@@ -492,12 +537,16 @@ class KafkaInput(StatelessSourcePartition[Message]):
             messages = [] if message is None else [message]  # one without a value is false
         if rebalances != worker.rebalances:  # of partitions that have just left, the next owner reads it
             owned = {part.partition for part in self._consumer.assignment()}
-            messages = [message for message in messages if message.partition() in owned]
+            messages = [message for message in messages if message.partition() in owned or is_trouble(message)]
         records = [message for message in messages if message.error() is None or self._event(message)]
         if records:
             worker.last_record = now
         worker.under_way = len(records)
         return records
+
+    def close(self) -> None:
+        """Leave the group when the input ends: the other members' rebalance would wait for one that nobody polls."""
+        self._worker.leave()
 
     def _event(self, message: Message) -> bool:
         """Take a message that is no record but an event of the consumer."""
@@ -506,7 +555,9 @@ class KafkaInput(StatelessSourcePartition[Message]):
             return True
         if error.code() == KafkaError._PARTITION_EOF:
             self._ends[message.partition() or 0] = message.offset() or 0
-        elif error.fatal() or error.code() in (*REFUSALS, KafkaError._FATAL, KafkaError.INVALID_SESSION_TIMEOUT):
+        elif error.fatal() or error.code() in GROUP_REFUSALS:
+            raise RunError(f"group {self._worker.settings.group!r} cannot be joined: {error.str()}")
+        elif error.code() in REFUSALS:
             raise RunError(f"topic {self._worker.settings.kafka_input_topic!r} cannot be read: {error.str()}")
         else:
             log.info("worker %s: %s", self._worker.name, error.str())
@@ -514,13 +565,16 @@ class KafkaInput(StatelessSourcePartition[Message]):
 
     def _do_again(self) -> list[Message]:
         """Try to get the worker whole again; what the consumer returns meanwhile is read again after that."""
-        self._consumer.poll(RETRY_SECONDS)
+        message = self._consumer.poll(RETRY_SECONDS)
+        if message is not None and is_trouble(message):
+            self._event(message)
         try:
             self._worker.do_again()
         except (KafkaException, TimeoutError) as error:
             if code_of(error) in REFUSALS:
                 raise RunError(f"group {self._worker.settings.group!r} cannot go on: {reason_of(error)}") from None
             self._worker.in_trouble(reason_of(error))
+        self._ends.clear()  # they come again, behind the records that are read again
         return []
 
     def _ask(self) -> None:
@@ -536,7 +590,7 @@ class KafkaInput(StatelessSourcePartition[Message]):
         topic = self._worker.settings.kafka_input_topic
         partitions = [TopicPartition(topic, number) for number in self._remaining or [0]]
         with suppress(KafkaException):
-            committed = self._consumer.committed(partitions, timeout=ASK_SECONDS)
+            committed = self._asks.committed(partitions, timeout=ASK_SECONDS)
             if any(part.error for part in committed):
                 return
             self._worker.all_is_well()
@@ -656,6 +710,12 @@ def consumer_properties(settings: "Settings", brokers: str, number: int) -> dict
     }
 
 
+def asking_properties(settings: "Settings", brokers: str) -> dict[str, Any]:
+    """Choose the properties of a consumer that asks for a group's offsets, and is no member of it."""
+    properties = consumer_properties(settings, brokers, 0)
+    return {name: value for name, value in properties.items() if name != "group.instance.id"}
+
+
 def producer_properties(settings: "Settings", brokers: str, name: str) -> dict[str, Any]:
     """Choose the properties of a producer: transactions have a limit of time, what is sent at least once has none."""
     guarantee: dict[str, Any] = {"message.timeout.ms": 0}
@@ -684,18 +744,20 @@ class SettingsError(Exception):
     """A setting cannot be used; the message names it."""
 
 
+PORT = r"([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+HOST = r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])"
 Brokers = Annotated[
     str,
     Meta(
-        pattern=r"^\s*([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}\s*(,\s*([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}\s*)*$",
+        pattern=rf"^\s*{HOST}:{PORT}\s*(,\s*{HOST}:{PORT}\s*)*\Z",
         description="host:port, comma separated",
     ),
 ]
 Topic = Annotated[
     str,
-    Meta(pattern=r"^(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}$", description="a topic's name (1 to 249 of A-Z a-z 0-9 . _ -)"),
+    Meta(pattern=r"^(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}\Z", description="a topic's name (1 to 249 of A-Z a-z 0-9 . _ -)"),
 ]
-Text = Annotated[str, Meta(pattern=r"^[!-~]+$", description="visible characters")]
+Text = Annotated[str, Meta(pattern=r"^[!-~]+\Z", description="visible characters")]
 Workers = Annotated[int, Meta(ge=1, le=64, description="a whole number from 1 to 64")]
 
 
@@ -705,7 +767,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="upper"):
     kafka_brokers: Brokers = "localhost:9092"
     kafka_input_topic: Topic = "ip_address_by_country"
     kafka_output_topic: Topic = "ip_address_by_location"
-    kafka_group_id: Annotated[str, Meta(pattern=r"^[!-~]{1,200}$", description="a consumer group's name")] = ""
+    kafka_group_id: Annotated[str, Meta(pattern=r"^[!-~]{1,200}\Z", description="a consumer group's name")] = ""
     kafka_tail: Annotated[bool, Meta(description="0 or 1")] = False
     delivery_guarantee: Annotated[
         Literal["at_least_once", "exactly_once"], Meta(description="at_least_once or exactly_once")
@@ -714,7 +776,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="upper"):
     geoip_database: Annotated[str, Meta(min_length=1, description="the path of an .mmdb file")] = ""
     ipapi_url: Annotated[
         str,
-        Meta(pattern=r"^https?://[A-Za-z0-9._~:/%\[\]-]+$", description="http(s)://host[:port][/path], without a key"),
+        Meta(
+            pattern=rf"^https?://{HOST}(:{PORT})?(/[A-Za-z0-9._~:/%-]*)?\Z",
+            description="http(s)://host[:port][/path], without a key",
+        ),
     ] = "https://ipapi.co"
     ipapi_key: Text = ""
     on_lookup_failed: Annotated[Literal["mark", "stop"], Meta(description="mark or stop")] = "mark"
@@ -764,23 +829,31 @@ FORMER = {
     "BYTEWAX_ADDRESSES": "each copy of the script is a member of the consumer group",
     "BYTEWAX_HOSTFILE_PATH": "each copy of the script is a member of the consumer group",
     "BYTEWAX_PROCESS_ID": "each copy of the script is a member of the consumer group",
+    "BYTEWAX_POD_NAME": "each copy of the script is a member of the consumer group",
+    "BYTEWAX_STATEFULSET_NAME": "each copy of the script is a member of the consumer group",
     "EPOCH_SECONDS": "COMMIT_SECONDS has taken its place",
     "RECOVERY_DIR": "the consumer group keeps the place",
 }
-# Properties that carry the guarantee, and what to use instead.
+# What auto.offset.reset may be, in librdkafka's words.
+EARLIEST, LATEST = ("earliest", "beginning", "smallest"), ("latest", "end", "largest")
+# Properties that carry the guarantee, and what decides instead.
 GUARDED = {
     "acks": "DELIVERY_GUARANTEE",
     "bootstrap.servers": "KAFKA_BROKERS",
+    "default.topic.config": "each property by its own name",
     "delivery.report.only.error": "DELIVERY_GUARANTEE",
+    "delivery.timeout.ms": "DELIVERY_GUARANTEE",
     "enable.auto.commit": "COMMIT_SECONDS",
     "enable.auto.offset.store": "COMMIT_SECONDS",
     "enable.idempotence": "DELIVERY_GUARANTEE",
     "enable.partition.eof": "KAFKA_TAIL",
     "group.id": "KAFKA_GROUP_ID",
     "isolation.level": "DELIVERY_GUARANTEE",
+    "message.timeout.ms": "DELIVERY_GUARANTEE",
     "metadata.broker.list": "KAFKA_BROKERS",
     "partitioner": "the record's key",
     "request.required.acks": "DELIVERY_GUARANTEE",
+    "transaction.timeout.ms": "DELIVERY_GUARANTEE",
     "transactional.id": "DELIVERY_GUARANTEE",
 }
 
@@ -829,28 +902,35 @@ def read_settings(env: Mapping[str, str]) -> Settings:
         if name in env:
             try:
                 values[field] = msgspec.convert(env[name], hints[field], strict=False)
-            except msgspec.ValidationError:
+                if type(values[field]) is int and not env[name].isdigit():  # 1e5 is one for msgspec
+                    raise msgspec.ValidationError
+            except (msgspec.ValidationError, UnicodeEncodeError):
                 # What does not look like a URL may hold a password, too.
                 shown = name if field in (*SECRET, "ipapi_url") else f"{name}={env[name]!r}"
                 wrong.append(f"{shown} is not {hints[field].__metadata__[0].description}")
     for prefix, field in PROPERTIES.items():
-        names = {name: name[len(prefix) :].lower().replace("_", ".") for name in env if name.startswith(prefix)}
-        wrong += [
-            f"{name} would break the guarantee; {GUARDED[its]} decides that"
-            for name, its in names.items()
-            if its in GUARDED
-        ]
-        values[field] = {its: env[name] for name, its in names.items()}
+        values[field] = read_properties(env, prefix, wrong)
     settings = Settings(**values)
     if settings.kafka_input_topic == settings.kafka_output_topic:
         wrong.append(f"KAFKA_OUTPUT_TOPIC={settings.kafka_output_topic!r} is the input topic too")
     if settings.metrics_port + settings.processes > 65_536:
-        wrong.append(
-            f"METRICS_PORT={settings.metrics_port} is too high for the ports of {settings.processes} processes"
-        )
+        wrong.append(f"METRICS_PORT={settings.metrics_port} is too high for {settings.processes} processes")
     if wrong:
         raise SettingsError("\n".join(wrong))
     return settings
+
+
+def read_properties(env: Mapping[str, str], prefix: str, wrong: list[str]) -> dict[str, str]:
+    """Read the properties of librdkafka that begin with a prefix, and add a line for each that cannot be used."""
+    names = {name: name[len(prefix) :].lower().replace("_", ".") for name in env if name.startswith(prefix)}
+    for name, its in names.items():
+        if its in GUARDED:
+            wrong.append(f"{name} would break the guarantee; {GUARDED[its]} decides that")
+        elif re.search("[\ud800-\udfff]", env[name]):
+            wrong.append(f"{name} is not UTF-8")
+        elif its == "auto.offset.reset" and env[name] not in (*EARLIEST, *LATEST):
+            wrong.append(f"{name}={env[name]!r} is not earliest or latest")
+    return {its: env[name] for name, its in names.items()}
 
 
 def doubtful_names(env: Mapping[str, str]) -> list[str]:
@@ -1138,7 +1218,11 @@ def cause_of(error: BaseException) -> str:
         return str(error)
     while error.__context__ is not None and not (isinstance(error, OSError) and error.errno):
         error = error.__context__
-    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
+    return (
+        error.strerror or os.strerror(error.errno)
+        if isinstance(error, OSError) and error.errno
+        else type(error).__name__
+    )
 
 
 def location_in_reply(status: int, retry_after: str | None, body: bytes) -> Location:
@@ -1337,11 +1421,12 @@ def serve_metrics(port: int, metrics: Metrics) -> None:
 # --- The program ------------------------------------------------------------------------------------------------
 
 CONNECT_SECONDS = 8.0  # to find brokers before the start
+DISCONNECTED = "it closes the connection, as brokers do for a wrong password or security protocol (KAFKA_CLIENT_*)"
 STOP_SECONDS = 8.0  # after a signal; containers often give ten
 
 
 def check_kafka(settings: Settings) -> None:
-    """See that the brokers answer and the topics may be used, before the dataflow starts.
+    """See that the brokers answer, and that the topics and the group may be used, before the dataflow starts.
 
     Args:
         settings: all of them.
@@ -1350,34 +1435,23 @@ def check_kafka(settings: Settings) -> None:
         RunError: they do not, or may not.
         SettingsError: librdkafka does not know a property or its value.
     """
-    said: list[KafkaError] = []
+    check_files(settings)
+    said = BufferingHandler(10_000)
+    logger = logging.Logger("librdkafka")  # of these clients alone, and of no other logger
+    logger.addHandler(said)
+    brokers = settings.kafka_brokers
+    client: dict[str, Any] = {**settings.kafka_client, "bootstrap.servers": brokers}
     try:
-        Producer(producer_properties(settings, settings.kafka_brokers, "check"), logger=LIBRDKAFKA_LOG)
-        properties = consumer_properties(settings, settings.kafka_brokers, 0)
-        properties.pop("group.instance.id", None)  # it is a member's, and this one only asks
-        consumer = Consumer({**properties, "error_cb": said.append}, logger=LIBRDKAFKA_LOG)
-        admin = AdminClient(
-            {**settings.kafka_client, "bootstrap.servers": settings.kafka_brokers, "error_cb": said.append},  # type: ignore[dict-item]
-            logger=LIBRDKAFKA_LOG,
-        )
+        Producer(producer_properties(settings, brokers, "check"), logger=logger)
+        consumer = Consumer(asking_properties(settings, brokers), logger=logger)
+        admin = AdminClient(client, logger=logger)
     except KafkaException as error:
         raise SettingsError(
-            f"a property of KAFKA_CLIENT_, _CONSUMER_ or _PRODUCER_ is wrong: {reason_of(error)}"
+            f"a KAFKA_CLIENT_, _CONSUMER_ or _PRODUCER_ property is wrong: {reason_of(error)}"
         ) from None
-    topics = {settings.kafka_input_topic: AclOperation.READ, settings.kafka_output_topic: AclOperation.WRITE}
-    answers = admin.describe_topics(
-        TopicCollection(list(topics)), include_authorized_operations=True, request_timeout=CONNECT_SECONDS
-    )
-    while not all(answer.done() for answer in answers.values()):
-        admin.poll(0.05)
-    for topic, answer in answers.items():
-        if failure := answer.exception():
-            raise RunError(why_not(settings, topic, failure, said))
-        allowed = answer.result().authorized_operations
-        if allowed and not {topics[topic], AclOperation.ALL} & set(allowed):
-            raise RunError(f"topic {topic!r} may not be used: no permission to {topics[topic].name}")
     try:
-        if settings.kafka_consumer.get("auto.offset.reset", settings.kafka_client.get("auto.offset.reset")) in LATEST:
+        check_topics(settings, admin, said)
+        if {**settings.kafka_client, **settings.kafka_consumer}.get("auto.offset.reset") in LATEST:
             start_from_now(consumer, settings)
         committed_offsets(consumer, settings.kafka_input_topic, [0])
     except KafkaException as error:
@@ -1386,18 +1460,44 @@ def check_kafka(settings: Settings) -> None:
         consumer.close()
 
 
-LATEST = ("latest", "end", "largest")
+def check_files(settings: Settings) -> None:
+    """See that the files of certificates and keys are there: librdkafka does not name what it misses."""
+    for prefix, field in PROPERTIES.items():
+        for its, value in getattr(settings, field).items():
+            if its.endswith(".location") and value != "probe" and not os.path.exists(value):
+                name = prefix + its.replace(".", "_").upper()
+                raise SettingsError(f"{name}={value!r}: No such file or directory")
 
 
-def why_not(settings: Settings, topic: str, error: BaseException, said: list[KafkaError]) -> str:
-    """Say why a topic cannot be used: what the clients said of their connections tells more than a time-out."""
+def check_topics(settings: Settings, admin: AdminClient, said: BufferingHandler) -> None:
+    """See that the topics are there, and that they and the group may be used; errors as check_kafka has them."""
+    topics = {settings.kafka_input_topic: AclOperation.READ, settings.kafka_output_topic: AclOperation.WRITE}
+    seconds = {"request_timeout": CONNECT_SECONDS}
+    group = admin.describe_consumer_groups([settings.group], **seconds)[settings.group]
+    found = admin.describe_topics(TopicCollection(list(topics)), include_authorized_operations=True, **seconds)
+    while not all(answer.done() for answer in found.values()):
+        admin.poll(0.05)  # takes what is said of connections
+    for topic, answer in found.items():
+        if failure := answer.exception():
+            raise RunError(why_not(settings, topic, failure, [record.getMessage() for record in said.buffer]))
+        allowed = answer.result().authorized_operations
+        if allowed and not {topics[topic], AclOperation.ALL} & set(allowed):
+            raise RunError(f"topic {topic!r} may not be used: no permission to {topics[topic].name}")
+    wait([group], timeout=1)  # of a group without permission only this tells more than a time-out
+    if group.done() and code_of(group.exception()) == KafkaError.GROUP_AUTHORIZATION_FAILED:
+        raise RunError(f"group {settings.group!r} cannot be used: no permission to DESCRIBE and READ")
+
+
+def why_not(settings: Settings, topic: str, error: BaseException, said: list[str]) -> str:
+    """Say why a topic cannot be used: what librdkafka logs of its connections tells more than a time-out."""
     if code_of(error) in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC):
         return f"topic {topic!r} does not exist; create it, or run: python load_data.py"
     if code_of(error) == KafkaError.TOPIC_AUTHORIZATION_FAILED:
         return f"topic {topic!r} may not be used: no permission to DESCRIBE"
-    telling = [one for one in said if one.code() not in (KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT)]
-    first = min(telling, key=lambda one: one.code() not in (KafkaError._AUTHENTICATION, KafkaError._SSL), default=None)
-    reason = first.str() if first else reason_of(error)
+    failures = [match[1] for line in said if (match := re.search(r"FAIL \[.*?\] \[.*?\]: (.*)", line))]
+    # A broker that takes no such client just closes the connection, and one that is away refuses it.
+    telling = [text for text in failures if re.search("SASL|SSL|resolve", text)] or failures or [reason_of(error)]
+    reason = DISCONNECTED if "Disconnected" in telling[0] else telling[0]
     return f"Kafka at {settings.kafka_brokers} (KAFKA_BROKERS) cannot be used: {reason}"
 
 
@@ -1453,7 +1553,7 @@ def run_process(settings: Settings, opened: "tuple[Locations, float | None]") ->
     threading.Thread(target=report, args=[workers, locations], daemon=True).start()
     try:
         run_dataflow(settings, workers, locations)
-    except Exception as error:  # noqa: BLE001 - what a step raises is raised again
+    except (BytewaxRuntimeError, KafkaException, TimeoutError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the engine wraps what a step raises
             cause = cause.__cause__

@@ -230,6 +230,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answers as the test has chosen."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each reply takes 40 ms
     server: Api
 
     def do_GET(self) -> None:

@@ -2,6 +2,7 @@
 
 import ipaddress
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from kafka.producer.future import RecordMetadata
 
 from conftest import PROJECT, SAMPLE_DATABASE, Topics, wait_until
 
+logging.getLogger("kafka").setLevel(logging.CRITICAL)  # it says at length that brokers are away
 FIRST_ADDRESS = int(ipaddress.IPv4Address("8.0.0.0"))  # record n has the n-th address after it
 KEYS = 500
 STOP_SECONDS = 2
@@ -99,8 +101,10 @@ class Reader:
 
     def __init__(self, topics: Topics, topic: str) -> None:
         self._ended: dict[int | None, bool] = {}  # whether the end of each partition was reached
-        reading = {"group.id": "not used", "isolation.level": "read_committed", "enable.partition.eof": True}
-        self._consumer = Consumer({"bootstrap.servers": topics.address, "enable.auto.commit": False, **reading})
+        reading = {"isolation.level": "read_committed", "enable.partition.eof": True, "enable.auto.commit": False}
+        self._consumer = Consumer(
+            {"bootstrap.servers": topics.address, "group.id": "not used", "log_level": 0, **reading}
+        )
 
         def find_partitions() -> bool:  # of several brokers not all know a new topic at once
             self._ended = dict.fromkeys(self._consumer.list_topics(topic, 10).topics[topic].partitions, False)
@@ -171,7 +175,7 @@ class Copy:
 
     def family(self, having: str = "") -> dict[int, int]:
         """The resident MB of each living process of its session, of those with a word in their command, by its id."""
-        command = ["ps", "-o", "pid=,rss=,args=", "-s", str(self.process.pid)]
+        command = ["ps", "-ww", "-o", "pid=,rss=,args=", "-s", str(self.process.pid)]
         listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
         found = [line.split(None, 2) for line in listed]  # what has ended, and waits to be asked for, has no memory
         return {int(pid): int(size) // 1024 for pid, size, args in found if having in args and int(size)}
@@ -226,8 +230,9 @@ class Trial:
 
     def start(self, **environment: str) -> Copy:
         """Start a copy that follows the topic, or does what the environment says."""
-        defaults = {"KAFKA_TAIL": "1", "DELIVERY_GUARANTEE": self.guarantee, "GEOIP_DATABASE": str(SAMPLE_DATABASE)}
-        environment = {"PATH": os.environ["PATH"], **self.topics.environment(), **defaults, **environment}
+        source = {} if "IPAPI_URL" in environment else {"GEOIP_DATABASE": str(SAMPLE_DATABASE)}
+        defaults = {"PATH": os.environ["PATH"], "KAFKA_TAIL": "1", "DELIVERY_GUARANTEE": self.guarantee, **source}
+        environment = {**defaults, **self.topics.environment(), **environment}
         log = self._folder / f"copy-{self._started}.log"
         self._started += 1
         self.copies.append(Copy(run(log, str(PROJECT / "kafka_enrich.py"), env=environment), environment, log))
@@ -270,15 +275,19 @@ class Trial:
         """Read until these records are out."""
         give_up, missing = time.monotonic() + seconds, list(numbers)
         while missing := [number for number in missing if number not in self._out.seen]:
-            assert time.monotonic() < give_up, f"{len(missing)} of {len(numbers)} records not out after {seconds} s"
+            assert time.monotonic() < give_up, f"{len(missing)} records not out after {seconds} s{self.state()}"
             self.read(0.2)
 
     def wait_for_new(self, seconds: float = 60) -> None:
         """Read until a record is out that is written from now on."""
         give_up, newest = time.monotonic() + seconds, self.written
         while self._out.newest < newest:
-            assert time.monotonic() < give_up, f"no new record out after {seconds} s"
+            assert time.monotonic() < give_up, f"no new record out after {seconds} s{self.state()}"
             self.read(0.1)
+
+    def state(self) -> str:
+        logs = [f"{copy.log} ends with:\n{copy.text()[-2000:]}" for copy in self.copies]
+        return "\n".join([f"; {self.written} written, the newest out is {self._out.newest}", *logs])
 
     def wait_for_readers(self) -> None:
         """Read until every copy reads partitions."""

@@ -1,6 +1,8 @@
 """City databases: both schemas, and what is no City database."""
 
+import logging
 import os
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ BERLIN = {"city": "Berlin", "country_name": "Germany"}
         ),
         ({"city": "Rome", "region": "Lazio", "country": "IT", "country_name": "Italy"}, ("Rome", "Lazio", "Italy")),
         ({"city": "Rome", "region": "Lazio", "country": "IT"}, ("Rome", "Lazio", "IT")),
+        ({"city": "Rome", "country": "Italy", "country_code": "IT"}, ("Rome", None, "Italy")),
         ({"city": "", "state1": " ", "country_code": "FR"}, (None, None, "FR")),
         ({"city": ["odd"], "subdivisions": "odd", "region": 3, "country_code": "FR"}, (None, None, "FR")),
     ],
@@ -58,6 +61,14 @@ def test_record_without_a_location(tmp_path: Path, record: Any) -> None:
     database = write(tmp_path / "city.mmdb", {"8.8.8.0/24": record, "9.9.9.0/24": BERLIN})
     with pytest.raises(NotFound):
         open_database(database).locate("8.8.8.8")
+
+
+def test_type_and_date_are_logged(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    caplog.set_level(logging.INFO, logger="kafka_enrich")
+    path = write(tmp_path / "city.mmdb", {"8.8.8.0/24": BERLIN})
+    built = datetime.fromtimestamp(open_database(path).built, timezone.utc)
+    assert abs((datetime.now(timezone.utc) - built).total_seconds()) < 60
+    assert caplog.messages == [f"locating with {path}, Test of {built.date()}"]
 
 
 def test_unknown_address() -> None:
@@ -83,8 +94,9 @@ def test_record_damaged_behind_those_read_at_the_start(tmp_path: Path, monkeypat
     path = tmp_path / "city.mmdb"
     write(path, {"8.8.8.0/24": BERLIN, "9.9.9.0/24": {**BERLIN, "region": "damaged"}})
     path.write_bytes(path.read_bytes().replace(b"damaged", b"\xff\xff\xff\xff\xff\xff\xff"))
-    monkeypatch.setattr("kafka_enrich.itertools.islice", lambda records, _number: [next(iter(records))])
-    locate = open_database(str(path)).locate
+    with monkeypatch.context() as short:
+        short.setattr("kafka_enrich.itertools.islice", lambda records, _number: [next(iter(records))])
+        locate = open_database(str(path)).locate
     assert locate("8.8.8.8")["city"] == "Berlin"
     with pytest.raises(LookupFailed):
         locate("9.9.9.9")

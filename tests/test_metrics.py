@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import SAMPLE_DATABASE, Program, Topics, ended, wait_until
 from kafka_server import accepts_connections, free_port
+from test_kafka_enrich import shares
 
 
 def get(port: int, path: str = "/metrics") -> str:
@@ -88,13 +89,15 @@ def test_processes_have_a_port_each(topics: Topics, kafka_enrich_program: Progra
         PROCESSES="2",
         METRICS_PORT=str(port),
     )
-    wait_until(lambda: bool(get(port) and get(port + 1)))
+    wait_until(lambda: shares(topics) == [2, 2])
     topics.write([(b"key-%d" % number, b"9.9.9.9") for number in range(40)])
 
     def records(of: int) -> float:
         return samples(of).get("kafka_enrich_records_total not_found", 0)
 
     wait_until(lambda: records(port) + records(port + 1) == 40)
+    assert records(port) > 0
+    assert records(port + 1) > 0
     process.terminate()
     assert ended(process).exit_code == 0
 

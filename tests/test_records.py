@@ -3,9 +3,11 @@
 import ipaddress
 import json
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from confluent_kafka import Message
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from conftest import SAMPLE_DATABASE
@@ -118,6 +120,8 @@ def test_invalid_ip(value: bytes, ip: str) -> None:
         "192.0.0.8",
         "64:ff9b::a00:1",
         "64:ff9b:1::1",
+        "64:ff9b:1::808:808",
+        "1000::1",
         "2001:db8::",
         "2002:a00:1::1",
         "3fff::1",
@@ -134,6 +138,35 @@ def test_invalid_ip(value: bytes, ip: str) -> None:
 )
 def test_reserved_ip(address: str) -> None:
     assert value_out(address.encode()) == {"ip": address, **NOWHERE, "error": "reserved_ip"}
+
+
+@pytest.mark.parametrize(
+    ("before", "first", "last", "after"),
+    [
+        ("9.255.255.255", "10.0.0.0", "10.255.255.255", "11.0.0.0"),
+        ("100.63.255.255", "100.64.0.0", "100.127.255.255", "100.128.0.0"),
+        ("126.255.255.255", "127.0.0.0", "127.255.255.255", "128.0.0.0"),
+        ("169.253.255.255", "169.254.0.0", "169.254.255.255", "169.255.0.0"),
+        ("172.15.255.255", "172.16.0.0", "172.31.255.255", "172.32.0.0"),
+        ("191.255.255.255", "192.0.0.0", "192.0.0.8", "192.0.0.9"),
+        ("192.0.0.10", "192.0.0.11", "192.0.0.255", "192.0.1.0"),
+        ("192.0.1.255", "192.0.2.0", "192.0.2.255", "192.0.3.0"),
+        ("192.167.255.255", "192.168.0.0", "192.168.255.255", "192.169.0.0"),
+        ("198.17.255.255", "198.18.0.0", "198.19.255.255", "198.20.0.0"),
+        ("198.51.99.255", "198.51.100.0", "198.51.100.255", "198.51.101.0"),
+        ("203.0.112.255", "203.0.113.0", "203.0.113.255", "203.0.114.0"),
+        ("2001:1::3", "2001:1::4", "2001:2:ffff:ffff:ffff:ffff:ffff:ffff", "2001:3::"),
+        ("2001:4:112:ffff::", "2001:4:113::", "2001:1f:ffff:ffff::", "2001:20::"),
+        ("2001:3f:ffff::", "2001:40::", "2001:1ff:ffff::", "2001:200::"),
+        ("2001:db7:ffff::", "2001:db8::", "2001:db8:ffff::", "2001:db9::"),
+        ("3ffe:ffff::", "3fff::", "3fff:fff:ffff::", "3fff:1000::"),
+    ],
+)
+def test_reserved_block_ends_where_iana_says(before: str, first: str, last: str, after: str) -> None:
+    assert (public_address(before), public_address(after)) == (before, after)
+    for address in (first, last):
+        with pytest.raises(ReservedIp):
+            public_address(address)
 
 
 def test_not_found() -> None:
@@ -153,6 +186,10 @@ def test_lookup_failed() -> None:
 def test_lookup_failed_stops_where_that_is_wanted() -> None:
     with pytest.raises(RunError, match=r"8\.8\.8\.8 was not looked up: no answer"):
         make(fail, on_lookup_failed="stop")(b" 8.8.8.8 ")
+
+
+settings.register_profile("any machine", deadline=None)  # of time; a busy one takes longer now and then
+settings.load_profile("any machine")
 
 
 @given(value=st.binary() | st.text().map(str.encode))
@@ -176,6 +213,8 @@ def test_any_address_is_not_invalid(value: bytes) -> None:
     [
         ("192.0.0.9", "192.0.0.9"),
         ("192.31.196.1", "192.31.196.1"),
+        ("2001:1::1", "2001:1::1"),
+        ("2001:1::2", "2001:1::2"),
         ("2001:20::1", "2001:20::1"),
         ("2001:4:112::1", "2001:4:112::1"),
         ("2001:4860:4860:0::8888%eth0", "2001:4860:4860::8888"),
@@ -196,6 +235,43 @@ def test_private_networks_are_reserved_whatever_python_runs(address: ipaddress.I
         assert not private
     except ReservedIp:
         assert private or not address.is_global or str(address).startswith("192.0.0.")
+
+
+@pytest.mark.parametrize(("value", "result"), [(None, "tombstone"), (b"", "invalid_ip"), (b"186.58.0.1", "located")])
+def test_record_goes_on_beside_its_answer(value: bytes | None, result: str) -> None:
+    record = Message(topic="t", partition=0, offset=1, key=b"k", value=value, headers=[("h", b"1")], timestamp=(1, 2))
+    passed, answer = Locations(LOCATE, 100, "stop").get_location(record)
+    assert passed is record
+    assert answer[1] == result
+    assert (answer[0] is None) == (value is None)
+
+
+PUBLIC = ipaddress.IPv6Network("2000::/3")
+PARTLY_RESERVED = [ipaddress.IPv6Network(text) for text in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")]
+
+
+@given(address=st.ip_addresses(network=PUBLIC))
+def test_other_ipv6_addresses_are_public_and_in_python_s_form(address: ipaddress.IPv6Address) -> None:
+    assume(not any(address in network for network in PARTLY_RESERVED))
+    assert public_address(address.exploded.upper()) == str(address)
+
+
+@given(
+    text=st.lists(st.sampled_from(["0", "1", "8", "08", "255", "256", "ffff", "g", "10000", ".", ":", "::"])).map(
+        "".join
+    )
+    | st.from_regex(r"[0-9]{1,3}(\.[0-9]{1,3}){3}", fullmatch=True)
+    | st.from_regex(r"([0-9a-f]{1,4}:){0,8}(:[0-9a-f]{1,4}){0,8}(:[0-9.]{0,9})?", fullmatch=True)
+)
+def test_what_is_an_address_is_what_python_takes_for_one(text: str) -> None:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        with pytest.raises(InvalidIp):
+            public_address(text)
+    else:
+        with suppress(ReservedIp):
+            public_address(text)
 
 
 class Counting:
@@ -238,6 +314,14 @@ def test_least_recently_used_answer_goes_first() -> None:
     for value in (b"1.1.1.1", b"2.2.2.2", b"1.1.1.1", b"3.3.3.3", b"1.1.1.1", b"2.2.2.2"):
         answer(value)
     assert source.asked == ["1.1.1.1", "2.2.2.2", "3.3.3.3", "2.2.2.2"]
+
+
+def test_longest_address_is_remembered() -> None:
+    source = Counting()
+    answer = make(source.locate)
+    for _ in range(2):
+        answer(b"2001:4860:4860:0000:0000:0000:8.8.8.8%eth0")
+    assert source.asked == ["2001:4860:4860::808:808"]
 
 
 @pytest.mark.parametrize(("cache_size", "value"), [(0, b"1.1.1.1"), (100, b" " * 1000 + b"1.1.1.1")])

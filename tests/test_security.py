@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +16,13 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from kafka import KafkaAdminClient
-from kafka.admin import ACL, ACLOperation, ACLPermissionType, ResourcePattern, ResourceType
+from kafka.admin import ACL, ACLOperation, ACLPermissionType, ACLResourcePatternType, ResourcePattern, ResourceType
 
 import load_data
-from conftest import SAMPLE_DATABASE, Program, ended
+from conftest import SAMPLE_DATABASE, Program, ended, wait_until
 from kafka_server import VERSION, KafkaServer, free_port
 from load_data import SAMPLE
+from test_metrics import samples
 
 DATABASE = {"GEOIP_DATABASE": str(SAMPLE_DATABASE)}
 PASSWORD = f"s3cret-{uuid.uuid4().hex}"
@@ -124,50 +126,48 @@ def test_following_exactly_once(
     way_in: dict[str, str], load_data_program: Program, kafka_enrich_program: Program
 ) -> None:
     environment = {**of_its_own(way_in), "KAFKA_TAIL": "1", "DELIVERY_GUARANTEE": "exactly_once"}
-    assert load_data_program(str(SAMPLE), **environment).exit_code == 0
     for _ in range(2):
-        process = kafka_enrich_program.start(**environment)
-        assert process.stderr
-        for line in process.stderr:
-            if " 154 records: 152 located" in line:  # the line of every ten seconds
-                break
+        assert load_data_program(str(SAMPLE), **environment).exit_code == 0
+        port = free_port()
+        process = kafka_enrich_program.start(**environment, METRICS_PORT=str(port))
+        wait_until(partial(committed, port, 152))
         process.send_signal(signal.SIGTERM)
         stopped = ended(process)
         assert stopped.exit_code == 0, stopped.errors
-        assert load_data_program(str(SAMPLE), **environment).exit_code == 0
+        assert " 154 records: 152 located" in stopped.errors  # and none of those before
+
+
+def committed(port: int, located: int) -> bool:
+    return samples(port).get("kafka_enrich_records_total located") == located
 
 
 def arguments(script: str) -> list[str]:
     return [str(SAMPLE)] if script == "load_data_program" else []
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        (
-            {"KAFKA_CLIENT_SASL_PASSWORD": "wrong-s3cret"},
-            "Invalid username or password|a wrong password|Authentication failed",
-        ),
-        ({"KAFKA_CLIENT_SSL_CA_LOCATION": "other"}, "certificate verify failed"),
-        ({"KAFKA_CLIENT_SSL_CA_LOCATION": "/no/such"}, "No such file or directory|ssl.ca.location failed"),
-    ],
-)
 @pytest.mark.parametrize("script", ["load_data_program", "kafka_enrich_program"])
-def test_wrong_credentials_are_one_clear_line(
-    request: pytest.FixtureRequest, plain: Secured, script: str, wrong: dict[str, str], says: str
-) -> None:
+def test_wrong_credentials_are_one_clear_line(request: pytest.FixtureRequest, plain: Secured, script: str) -> None:
     program: Program = request.getfixturevalue(script)
-    wrong = {name: plain.other_ca if value == "other" else value for name, value in wrong.items()}
+    refusal = "Invalid username or password|a wrong password|Authentication failed"
+    wrong = [
+        ({"KAFKA_CLIENT_SASL_PASSWORD": "wrong-s3cret"}, refusal),
+        ({"KAFKA_CLIENT_SSL_CA_LOCATION": plain.other_ca}, "certificate verify failed"),
+        ({"KAFKA_CLIENT_SSL_CA_LOCATION": "/no/such"}, "No such file or directory"),
+    ]
+    environment = {**of_its_own(plain.sasl), "LOG_LEVEL": "ERROR"}
     before = time.monotonic()
-    refused = program(*arguments(script), **{**of_its_own(plain.sasl), **wrong, "LOG_LEVEL": "ERROR"})
+    started = [program.start(*arguments(script), **{**environment, **setting}) for setting, _ in wrong]
+    every = [ended(process) for process in started]
     assert time.monotonic() - before < 15
-    assert refused.exit_code in (1, 2)  # librdkafka itself refuses a file that is not there
-    assert re.search(says, refused.errors)
-    assert refused.errors.count("\n") == 1
-    assert "s3cret" not in refused.errors
+    for refused, (_, says) in zip(every, wrong, strict=True):
+        is_setting = script == "kafka_enrich_program" and says.startswith("No such file")
+        assert refused.exit_code == (2 if is_setting else 1)
+        assert re.search(says, refused.errors)
+        assert refused.errors.count("\n") == 1
+        assert "s3cret" not in refused.errors
 
 
-@pytest.mark.parametrize("script", ["load_data_program"])
+@pytest.mark.parametrize("script", ["load_data_program", "kafka_enrich_program"])
 def test_connection_closed_once_tells_more_than_a_time_out(request: pytest.FixtureRequest, script: str) -> None:
     program: Program = request.getfixturevalue(script)
     accepted: list[socket.socket] = []
@@ -194,26 +194,95 @@ def test_connection_closed_once_tells_more_than_a_time_out(request: pytest.Fixtu
     assert "it closes the connection" in refused.errors
 
 
-def test_no_permission_to_write(plain: Secured, load_data_program: Program, kafka_enrich_program: Program) -> None:
+@pytest.mark.parametrize("guarantee", ["at_least_once", "exactly_once"])
+def test_no_permission_to_write(
+    plain: Secured, load_data_program: Program, kafka_enrich_program: Program, guarantee: str
+) -> None:
+    environment = {**of_its_own(plain.sasl), "DELIVERY_GUARANTEE": guarantee}
+    assert load_data_program(str(SAMPLE), **environment).exit_code == 0
+    topic = environment["KAFKA_OUTPUT_TOPIC"]
+    forbid(plain, ResourcePattern(ResourceType.TOPIC, topic), ACLOperation.WRITE)
+    line = line_of_bob(kafka_enrich_program, environment)
+    assert f"topic {topic!r} may not be used: no permission to WRITE" in line
+
+
+@pytest.mark.parametrize(
+    ("operation", "says"),
+    [
+        ("READ", "group 'in-.*' cannot be joined: .*Group authorization failed"),
+        ("DESCRIBE", "group 'in-.*' cannot be used: no permission to DESCRIBE and READ"),
+    ],
+)
+def test_no_permission_for_the_group(
+    plain: Secured, load_data_program: Program, kafka_enrich_program: Program, operation: str, says: str
+) -> None:
     environment = of_its_own(plain.sasl)
     assert load_data_program(str(SAMPLE), **environment).exit_code == 0
-    forbid(plain, environment["KAFKA_OUTPUT_TOPIC"], user="bob")
-    refused = kafka_enrich_program(**{**environment, "KAFKA_CLIENT_SASL_USERNAME": "bob"}, LOG_LEVEL="ERROR")
+    group = f"{environment['KAFKA_INPUT_TOPIC']}-to-{environment['KAFKA_OUTPUT_TOPIC']}"
+    forbid(plain, ResourcePattern(ResourceType.GROUP, group), ACLOperation[operation])
+    assert re.search(says, line_of_bob(kafka_enrich_program, environment))
+
+
+def test_no_permission_for_the_transactions(
+    plain: Secured, load_data_program: Program, kafka_enrich_program: Program
+) -> None:
+    environment = {**of_its_own(plain.sasl), "DELIVERY_GUARANTEE": "exactly_once"}
+    assert load_data_program(str(SAMPLE), **environment).exit_code == 0
+    prefix = ResourcePattern(
+        ResourceType.TRANSACTIONAL_ID, environment["KAFKA_INPUT_TOPIC"], ACLResourcePatternType.PREFIXED
+    )
+    forbid(plain, prefix, ACLOperation.WRITE)
+    assert "Transactional Id authorization failed" in line_of_bob(kafka_enrich_program, environment)
+
+
+@pytest.mark.parametrize("guarantee", ["at_least_once", "exactly_once"])
+def test_permission_to_write_taken_away_while_it_follows(
+    plain: Secured, load_data_program: Program, kafka_enrich_program: Program, guarantee: str
+) -> None:
+    environment = {**of_its_own(plain.sasl), "DELIVERY_GUARANTEE": guarantee}
+    assert load_data_program(str(SAMPLE), **environment).exit_code == 0
+    port = free_port()
+    bob = {"KAFKA_CLIENT_SASL_USERNAME": "bob", "KAFKA_TAIL": "1", "METRICS_PORT": str(port)}
+    process = kafka_enrich_program.start(**{**environment, **bob})
+    wait_until(partial(committed, port, 152))
+    forbid(plain, ResourcePattern(ResourceType.TOPIC, environment["KAFKA_OUTPUT_TOPIC"]), ACLOperation.WRITE)
+    assert load_data_program(str(SAMPLE), **environment).exit_code == 0
+    refused = ended(process)
     assert refused.exit_code == 1
-    assert f"topic {environment['KAFKA_OUTPUT_TOPIC']!r} may not be used" in refused.errors
-    assert "no permission to WRITE" in refused.errors
+    line = refused.errors.splitlines()[-1]
+    assert line.startswith("kafka_enrich.py: ")
+    assert "Topic authorization failed" in line
+    assert "--reset-offsets" not in line  # no record is at fault
+
+
+def test_client_without_security_on_a_secured_port(plain: Secured, kafka_enrich_program: Program) -> None:
+    before = time.monotonic()
+    refused = kafka_enrich_program(**DATABASE, KAFKA_BROKERS=plain.sasl["KAFKA_BROKERS"], LOG_LEVEL="ERROR")
+    assert time.monotonic() - before < 15
+    assert refused.exit_code == 1
+    assert "it closes the connection, as brokers do for a wrong password or security protocol" in refused.errors
     assert refused.errors.count("\n") == 1
 
 
-def forbid(secured: Secured, topic: str, user: str) -> None:
-    """Take a user's permission to write to a topic."""
+def line_of_bob(program: Program, environment: dict[str, str]) -> str:
+    """The one line of a run that another user may not do."""
+    before = time.monotonic()
+    refused = program(**{**environment, "KAFKA_CLIENT_SASL_USERNAME": "bob"}, LOG_LEVEL="ERROR")
+    assert time.monotonic() - before < 15
+    assert (refused.exit_code, refused.output) == (1, "")
+    assert refused.errors.count("\n") == 1, refused.errors
+    assert PASSWORD not in refused.errors
+    return refused.errors
+
+
+def forbid(secured: Secured, resource: ResourcePattern, operation: ACLOperation) -> None:
+    """Take one permission from bob, and leave him the others."""
     client = load_data.read_settings(secured.sasl)
     with KafkaAdminClient(bootstrap_servers=client.brokers, **client.client) as admin:
-        resource = ResourcePattern(ResourceType.TOPIC, topic)
         admin.create_acls(
             [
-                ACL(f"User:{user}", "*", ACLOperation.ALL, ACLPermissionType.ALLOW, resource),
-                ACL(f"User:{user}", "*", ACLOperation.WRITE, ACLPermissionType.DENY, resource),
+                ACL("User:bob", "*", ACLOperation.ALL, ACLPermissionType.ALLOW, resource),
+                ACL("User:bob", "*", operation, ACLPermissionType.DENY, resource),
             ]
         )
 

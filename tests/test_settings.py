@@ -1,5 +1,6 @@
 """The environment contract: every variable, every bad value, no secret in any message."""
 
+import os
 import re
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from conftest import PROJECT
 from kafka_enrich import (
     GUARDED,
     NAMES,
+    PROPERTIES,
     SettingsError,
     consumer_properties,
     doubtful_names,
+    its_settings,
     producer_properties,
     read_settings,
     with_settings_file,
@@ -25,6 +28,7 @@ def test_defaults() -> None:
     assert settings.group == "ip_address_by_country-to-ip_address_by_location"
     assert (settings.geoip_database, settings.ipapi_url, settings.ipapi_key) == ("", "https://ipapi.co", "")
     assert (settings.cache_size, settings.log_level) == (100_000, "INFO")
+    assert (settings.kafka_tail, settings.on_lookup_failed, settings.metrics_port) == (False, "mark", 0)
     assert (settings.processes, settings.bytewax_workers_per_process) == (1, 1)
     assert (settings.exactly_once, settings.seconds_between_commits) == (False, 1)
     assert read_settings({"DELIVERY_GUARANTEE": "exactly_once"}).seconds_between_commits == 0.1
@@ -42,60 +46,109 @@ SASL_SSL = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("KAFKA_BROKERS", ""),
-        ("KAFKA_BROKERS", "localhost"),
-        ("KAFKA_BROKERS", "localhost:9092,"),
-        ("KAFKA_BROKERS", "localhost:x"),
-        ("KAFKA_BROKERS", "PLAINTEXT://localhost:9092"),
-        ("KAFKA_INPUT_TOPIC", ""),
-        ("KAFKA_INPUT_TOPIC", "two words"),
-        ("KAFKA_INPUT_TOPIC", ".."),
-        ("KAFKA_INPUT_TOPIC", "ip_address_by_location"),
-        ("KAFKA_OUTPUT_TOPIC", "x" * 250),
-        ("KAFKA_OUTPUT_TOPIC", "ip_address_by_country"),
-        ("KAFKA_TAIL", "yes"),
-        ("IPAPI_URL", ""),
-        ("IPAPI_URL", "ipapi.co"),
-        ("IPAPI_URL", "ftp://ipapi.co"),
-        ("CACHE_SIZE", ""),
-        ("CACHE_SIZE", "-1"),
-        ("CACHE_SIZE", "1.5"),
-        ("CACHE_SIZE", "10000001"),
-        ("CACHE_SIZE", "٣"),
-        ("LOG_LEVEL", "loud"),
-        ("ON_LOOKUP_FAILED", "ignore"),
-        ("COMMIT_SECONDS", "0.01"),
-        ("COMMIT_SECONDS", "61"),
-        ("COMMIT_SECONDS", "1s"),
-        ("DELIVERY_GUARANTEE", "at_most_once"),
-        ("KAFKA_GROUP_ID", "two words"),
-        ("BYTEWAX_WORKERS_PER_PROCESS", "0"),
-        ("METRICS_PORT", ""),
-        ("METRICS_PORT", "0"),
-        ("METRICS_PORT", "65536"),
-        ("METRICS_PORT", "localhost:9100"),
-        ("PROCESSES", "0"),
-        ("PROCESSES", "65"),
-        ("PROCESSES", "auto"),
+BAD_VALUES = {
+    "KAFKA_BROKERS": [
+        "",
+        "localhost",
+        "localhost:9092,",
+        "localhost:x",
+        "PLAINTEXT://localhost:9092",
+        "localhost:0",
+        "a:1,localhost:65536",
     ],
-)
+    "KAFKA_INPUT_TOPIC": ["", "two words", "..", "line\n"],
+    "KAFKA_OUTPUT_TOPIC": ["", "x" * 250],
+    "KAFKA_GROUP_ID": ["", "two words", "x" * 201],
+    "KAFKA_TAIL": ["", "yes", "2"],
+    "DELIVERY_GUARANTEE": ["", "at_most_once"],
+    "COMMIT_SECONDS": ["", "0", "0.01", "61", "1s", "nan", "inf"],
+    "GEOIP_DATABASE": [""],
+    "IPAPI_URL": [
+        "",
+        "ipapi.co",
+        "ftp://ipapi.co",
+        "http://",
+        "http://localhost:x",
+        "http://localhost:0",
+        "http://:80",
+        "https://user:s3cret@ipapi.co",
+        "https://ipapi.co?s3cret",
+    ],
+    "IPAPI_KEY": ["", "s3cret with blanks", "s3cret\n", "s3cr\u00e9t"],
+    "ON_LOOKUP_FAILED": ["", "ignore"],
+    "CACHE_SIZE": ["", "-1", "1.5", "1e5", "10000001", "٣"],
+    "LOG_LEVEL": ["", "loud"],
+    "METRICS_PORT": ["", "0", "65536", "localhost:9100"],
+    "PROCESSES": ["", "0", "65", "auto"],
+    "BYTEWAX_WORKERS_PER_PROCESS": ["", "0", "65"],
+}
+
+
+def test_every_setting_has_bad_values() -> None:
+    assert BAD_VALUES.keys() == NAMES.keys()
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_VALUES.items() for value in values])
 def test_bad_value_is_named(name: str, value: str) -> None:
     with pytest.raises(SettingsError) as error:
         read_settings({name: value})
-    assert re.fullmatch(f"KAFKA_OUTPUT_TOPIC.*|{name}.*", str(error.value))
-    assert repr(value) in str(error.value) or name == "IPAPI_URL"  # which may hold a password
+    shown = name if name in ("IPAPI_URL", "IPAPI_KEY") else f"{name}={value!r}"  # a URL may hold a password
+    assert str(error.value).startswith(f"{shown} is not ")
+    assert "s3cr" not in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "attribute", "read"),
+    [
+        ("KAFKA_BROKERS", "[::1]:9092, b.example:1", "kafka_brokers", "[::1]:9092, b.example:1"),
+        ("KAFKA_INPUT_TOPIC", "x" * 249, "group", "x" * 249 + "-to-ip_address_by_location"),
+        ("KAFKA_GROUP_ID", "mine", "group", "mine"),
+        ("KAFKA_TAIL", "0", "kafka_tail", False),
+        ("KAFKA_TAIL", "1", "kafka_tail", True),
+        ("COMMIT_SECONDS", "0.05", "seconds_between_commits", 0.05),
+        ("COMMIT_SECONDS", "60", "seconds_between_commits", 60),
+        ("IPAPI_URL", "http://[::1]:8080/path", "ipapi_url", "http://[::1]:8080/path"),
+        ("ON_LOOKUP_FAILED", "stop", "on_lookup_failed", "stop"),
+        ("CACHE_SIZE", "0", "cache_size", 0),
+        ("CACHE_SIZE", "10000000", "cache_size", 10_000_000),
+        ("METRICS_PORT", "1", "metrics_port", 1),
+        ("METRICS_PORT", "65535", "metrics_port", 65_535),
+        ("PROCESSES", "64", "processes", 64),
+        ("BYTEWAX_WORKERS_PER_PROCESS", "64", "bytewax_workers_per_process", 64),
+    ],
+)
+def test_good_value_is_taken(name: str, value: str, attribute: str, read: object) -> None:
+    assert getattr(read_settings({name: value}), attribute) == read
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "GEOIP_DATABASE"] + ["KAFKA_CLIENT_CLIENT_ID"])
+def test_value_that_is_no_utf_8_is_named(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{name}"):
+        read_settings({name: os.fsdecode(b"\xff")})
+
+
+def test_one_topic_for_both_ends() -> None:
+    with pytest.raises(SettingsError, match="KAFKA_OUTPUT_TOPIC='a' is the input topic too"):
+        read_settings({"KAFKA_INPUT_TOPIC": "a", "KAFKA_OUTPUT_TOPIC": "a"})
 
 
 def test_each_wrong_setting_has_a_line() -> None:
     with pytest.raises(SettingsError) as error:
-        read_settings({"CACHE_SIZE": "many", "PROCESSES": "0", "KAFKA_CONSUMER_GROUP_ID": "mine"})
-    assert len(str(error.value).splitlines()) == 3
+        read_settings(
+            {"CACHE_SIZE": "many", "PROCESSES": "0", "KAFKA_CONSUMER_GROUP_ID": "s3cret", "IPAPI_KEY": "s3 cret"}
+        )
+    lines = str(error.value).splitlines()
+    assert {re.split("[= ]", line)[0] for line in lines} == {
+        "CACHE_SIZE",
+        "PROCESSES",
+        "KAFKA_CONSUMER_GROUP_ID",
+        "IPAPI_KEY",
+    }
+    assert len(lines) == 4
 
 
-def test_client_properties_reach_both_ends() -> None:
+def test_properties_reach_the_ends_that_they_are_for() -> None:
     settings = read_settings(
         {
             "KAFKA_CLIENT_CLIENT_ID": "enricher",
@@ -106,26 +159,91 @@ def test_client_properties_reach_both_ends() -> None:
     consumer, producer = consumer_properties(settings, "a:1", 0), producer_properties(settings, "a:1", "name")
     assert (consumer["client.id"], consumer["fetch.wait.max.ms"]) == ("enricher", "50")
     assert (producer["client.id"], producer["compression.type"]) == ("enricher", "lz4")
+    assert "compression.type" not in consumer
+    assert "fetch.wait.max.ms" not in producer
 
 
+@pytest.mark.parametrize("prefix", sorted(PROPERTIES))
 @pytest.mark.parametrize("name", sorted(GUARDED))
-def test_property_that_carries_the_guarantee_is_refused(name: str) -> None:
-    variable = f"KAFKA_CLIENT_{name.replace('.', '_').upper()}"
-    with pytest.raises(SettingsError, match=variable) as error:
+def test_property_that_carries_the_guarantee_is_refused(prefix: str, name: str) -> None:
+    variable = prefix + name.replace(".", "_").upper()
+    with pytest.raises(SettingsError, match=f"^{variable} .*") as error:
         read_settings({variable: "s3cret"})
     assert "s3cret" not in str(error.value)
+
+
+def test_own_properties_come_before_the_defaults_and_those_of_both_ends() -> None:
+    names = ("SESSION_TIMEOUT_MS", "TOPIC_METADATA_REFRESH_INTERVAL_MS", "QUEUE_BUFFERING_MAX_KBYTES")
+    ends = ("KAFKA_CLIENT_", "KAFKA_CONSUMER_", "KAFKA_PRODUCER_")
+    settings = read_settings({end + name: end for end in ends for name in names})
+    for properties, end in (
+        (consumer_properties(settings, "a:1", 0), "KAFKA_CONSUMER_"),
+        (producer_properties(settings, "a:1", "name"), "KAFKA_PRODUCER_"),
+    ):
+        assert {properties[name.lower().replace("_", ".")] for name in names} == {end}
+
+
+@pytest.mark.parametrize(
+    ("guarantee", "promised"),
+    [
+        ("at_least_once", {"message.timeout.ms": 0}),
+        ("exactly_once", {"transactional.id": "mine-host-0", "transaction.timeout.ms": 15_000}),
+    ],
+)
+def test_properties_that_carry_the_guarantee(guarantee: str, promised: dict[str, object]) -> None:
+    settings = read_settings({"DELIVERY_GUARANTEE": guarantee, "KAFKA_GROUP_ID": "mine"})
+    consumer, producer = consumer_properties(settings, "a:1", 0), producer_properties(settings, "a:1", "host-0")
+    assert {name: consumer[name] for name in GUARDED.keys() & consumer.keys()} == {
+        "bootstrap.servers": "a:1",
+        "group.id": "mine",
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "enable.partition.eof": True,
+        "isolation.level": "read_committed",
+    }
+    timeouts = {"message.timeout.ms", "transaction.timeout.ms"}
+    assert {name: producer[name] for name in (GUARDED.keys() | timeouts) & producer.keys()} == {
+        "bootstrap.servers": "a:1",
+        "delivery.report.only.error": True,
+        "enable.idempotence": True,
+        "partitioner": "murmur2_random",
+        **promised,
+    }
+
+
+@pytest.mark.parametrize("value", ["never", "none", "error", ""])
+def test_offset_reset_that_would_be_ignored_is_refused(value: str) -> None:
+    with pytest.raises(SettingsError, match=f"KAFKA_CONSUMER_AUTO_OFFSET_RESET={value!r} is not earliest or latest"):
+        read_settings({"KAFKA_CONSUMER_AUTO_OFFSET_RESET": value})
 
 
 def test_newer_group_protocol_has_no_properties_of_the_classic_one() -> None:
     newer = consumer_properties(read_settings({"KAFKA_CONSUMER_GROUP_PROTOCOL": "consumer"}), "a:1", 0)
     assert not {"session.timeout.ms", "partition.assignment.strategy", "heartbeat.interval.ms"} & newer.keys()
-    assert consumer_properties(read_settings({}), "a:1", 0)["session.timeout.ms"] == 10_000
+    assert newer["group.protocol"] == "consumer"
+    classic = consumer_properties(read_settings({}), "a:1", 0)
+    assert (classic["session.timeout.ms"], classic["partition.assignment.strategy"]) == (10_000, "cooperative-sticky")
 
 
-def test_workers_do_not_share_a_group_instance() -> None:
-    environment = {"KAFKA_CONSUMER_GROUP_INSTANCE_ID": "host", "BYTEWAX_WORKERS_PER_PROCESS": "2"}
-    properties = [consumer_properties(read_settings(environment), "a:1", number) for number in range(2)]
-    assert [its["group.instance.id"] for its in properties] == ["host-0", "host-1"]
+@pytest.mark.parametrize(
+    ("workers", "instances"), [("1", ["host"]), ("2", ["host-0", "host-1"]), ("3", ["host-0", "host-1", "host-2"])]
+)
+@pytest.mark.parametrize("prefix", ["KAFKA_CLIENT", "KAFKA_CONSUMER"])
+def test_workers_do_not_share_a_group_instance(prefix: str, workers: str, instances: list[str]) -> None:
+    settings = read_settings({f"{prefix}_GROUP_INSTANCE_ID": "host", "BYTEWAX_WORKERS_PER_PROCESS": workers})
+    properties = [consumer_properties(settings, "a:1", number) for number in range(len(instances))]
+    assert [its["group.instance.id"] for its in properties] == instances
+
+
+def test_processes_do_not_share_a_group_instance_or_a_port() -> None:
+    settings = read_settings(
+        {"KAFKA_CLIENT_GROUP_INSTANCE_ID": "host", "METRICS_PORT": "9100", "PROCESSES": "2"}
+        | {"BYTEWAX_WORKERS_PER_PROCESS": "2"}
+    )
+    each = [its_settings(settings, number) for number in range(2)]
+    instances = {consumer_properties(its, "a:1", number)["group.instance.id"] for its in each for number in range(2)}
+    assert len(instances) == 4
+    assert [its.metrics_port for its in each] == [9100, 9101]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +253,11 @@ def test_workers_do_not_share_a_group_instance() -> None:
         ("CACHE_SIZES", "is CACHE_SIZE meant?"),
         ("RECOVERY_DIR", "the consumer group keeps the place"),
         ("EPOCH_SECONDS", "COMMIT_SECONDS"),
+        ("BYTEWAX_ADDRESSES", "consumer group"),
+        ("BYTEWAX_HOSTFILE_PATH", "consumer group"),
+        ("BYTEWAX_POD_NAME", "consumer group"),
+        ("BYTEWAX_PROCESS_ID", "consumer group"),
+        ("BYTEWAX_STATEFULSET_NAME", "consumer group"),
     ],
 )
 def test_misspelt_or_former_setting_is_warned_of(name: str, says: str) -> None:
@@ -144,27 +267,21 @@ def test_misspelt_or_former_setting_is_warned_of(name: str, says: str) -> None:
     assert "s3cret" not in line
 
 
+def test_usual_variables_are_not_warned_of() -> None:
+    usual = {"PATH", "HOME", "HOSTNAME", "LANG", "KAFKA_HOME", "KAFKA_OPTS", "PYTHONPATH", "REQUESTS_CA_BUNDLE", *NAMES}
+    assert doubtful_names(dict.fromkeys(usual, "x")) == []
+
+
 def test_secrets_are_not_shown() -> None:
-    assert "s3cret" not in repr(read_settings(SASL_SSL)) + repr(load_data.read_settings(SASL_SSL))
-
-
-def test_key_is_not_shown() -> None:
-    assert "s3cret" not in repr(read_settings({"IPAPI_KEY": "s3cret"}))
-    with pytest.raises(SettingsError, match="IPAPI_KEY") as error:
-        read_settings({"IPAPI_KEY": "s3cret with blanks"})
-    assert "s3cret" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "url", ["https://user:s3cret@ipapi.co", "https://ipapi.co?key=s3cret", "https://ipapi.co/#s3cret"]
-)
-def test_secret_in_the_url_is_refused_and_not_shown(url: str) -> None:
-    with pytest.raises(SettingsError, match="IPAPI_URL") as error:
-        read_settings({"IPAPI_URL": url})
-    assert "s3cret" not in str(error.value)
+    secret = {f"{prefix}SASL_PASSWORD": "s3cret" for prefix in PROPERTIES} | {"IPAPI_KEY": "s3cret"}
+    shown = repr(read_settings({**SASL_SSL, **secret, "CACHE_SIZE": "5"}))
+    assert "CACHE_SIZE=5" in shown
+    assert "sasl.password" in shown
+    assert "s3cret" not in shown + repr(load_data.read_settings(SASL_SSL))
 
 
 def test_port_that_others_need() -> None:
+    assert read_settings({"METRICS_PORT": "65534", "PROCESSES": "2"}).metrics_port == 65_534
     with pytest.raises(SettingsError, match="METRICS_PORT=65535 is too high"):
         read_settings({"METRICS_PORT": "65535", "PROCESSES": "2"})
 
@@ -208,9 +325,10 @@ def test_settings_file_that_cannot_be_used(tmp_path: Path, text: bytes, message:
 
 
 def test_readme_has_every_variable_and_no_other() -> None:
-    table = (PROJECT / "README.md").read_text().split("## Settings")[1].split("\n##")[0]
-    cells = re.findall(r"^\|(.*?)\|", table, re.M)
+    section = (PROJECT / "README.md").read_text().split("## Settings")[1].split("\n## ")[0]
+    cells = re.findall(r"^\|(.*?)\|", section, re.M)
     assert {name for cell in cells for name in re.findall(r"`([A-Z][A-Z_]+[A-Z])`", cell)} == set(NAMES)
+    assert set(re.findall(r"`(KAFKA_[A-Z]+_)[^A-Z]", section)) == set(PROPERTIES)
 
 
 @pytest.mark.parametrize(
@@ -220,3 +338,10 @@ def test_both_scripts_share_names_and_defaults(env: dict[str, str]) -> None:
     loader, enricher = load_data.read_settings(env), read_settings(env)
     assert ",".join(loader.brokers) == enricher.kafka_brokers
     assert (loader.input_topic, loader.output_topic) == (enricher.kafka_input_topic, enricher.kafka_output_topic)
+
+
+@pytest.mark.parametrize("name", ["KAFKA_BROKERS", "KAFKA_INPUT_TOPIC", "KAFKA_OUTPUT_TOPIC"])
+def test_both_scripts_refuse_the_same_values(name: str) -> None:
+    for value in BAD_VALUES[name]:
+        with pytest.raises(ValueError, match=f"^{name}="):
+            load_data.read_settings({name: value})
