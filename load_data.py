@@ -2,7 +2,6 @@
 
 python load_data.py                 # the sample, misc/ip_address_w_country.txt
 python load_data.py my_rows.csv     # UTF-8 of your own; a row of an address alone becomes a record without a key
-
 From the environment it takes these, here with their defaults, and KAFKA_CLIENT_* for security, as in the README:
   KAFKA_BROKERS       localhost:9092
   KAFKA_INPUT_TOPIC   ip_address_by_country
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 SAMPLE = Path(__file__).parent / "misc" / "ip_address_w_country.txt"
 UNACKNOWLEDGED = 10_000  # records; without a bound the producer would queue a whole file in memory
+DELIVERY_SECONDS = 125  # kafka-python gives a record up after 120; with the broker away it can wait for ever then
 SHOWN = 10  # skipped rows; of more the count tells enough
 DISCONNECTED = "it closes the connection, as brokers do for a wrong password or security protocol (KAFKA_CLIENT_*)"
 # The secured brokers' part of KAFKA_CLIENT_*, whose names are librdkafka's, in the words of kafka-python.
@@ -55,7 +55,8 @@ class Settings:
 def read_settings(env: Mapping[str, str]) -> Settings:
     """Read the settings from a mapping such as os.environ; a ValueError names the variable and its value."""
     brokers = [broker.strip() for broker in env.get("KAFKA_BROKERS", "localhost:9092").split(",")]
-    if not all(re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}", broker) for broker in brokers):
+    matches = [re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", broker) for broker in brokers]
+    if not all(match and 0 < int(match[2]) < 65_536 for match in matches):
         raise ValueError(f"KAFKA_BROKERS={env['KAFKA_BROKERS']!r} is not host:port, comma separated")
     input_topic = env.get("KAFKA_INPUT_TOPIC", "ip_address_by_country")
     output_topic = env.get("KAFKA_OUTPUT_TOPIC", "ip_address_by_location")
@@ -69,8 +70,7 @@ def read_settings(env: Mapping[str, str]) -> Settings:
     if not re.fullmatch("(SASL_)?(PLAINTEXT|SSL)", protocol):  # kafka-python would take it for PLAINTEXT
         raise ValueError(f"KAFKA_CLIENT_SECURITY_PROTOCOL={protocol!r} is not (SASL_)PLAINTEXT or (SASL_)SSL")
     client["ssl_check_hostname"] = env.get("KAFKA_CLIENT_SSL_ENDPOINT_IDENTIFICATION_ALGORITHM", "https") == "https"
-    client["bootstrap_timeout_ms"] = 8_000
-    return Settings(brokers, input_topic, output_topic, client)
+    return Settings(brokers, input_topic, output_topic, {**client, "bootstrap_timeout_ms": 8_000})
 
 
 def rows(path: Path) -> Iterator[tuple[str, str] | str]:
@@ -116,18 +116,16 @@ def create_topics(settings: Settings, **options: int) -> None:
 
 
 def load(settings: Settings, path: Path) -> int:
-    """Send the rows of a file, wait until the brokers have acknowledged or refused each, and return the exit code."""
-    acknowledged = skipped = 0
-    problems: list[object] = []
+    """Send the rows of a file, none twice, wait until each is acknowledged or refused, and return the exit code."""
+    acknowledged, skipped, problems = 0, 0, list[object]()
 
     def acknowledge(_metadata: object) -> None:
         nonlocal acknowledged
         acknowledged += 1
         progress.update()
 
-    # Idempotent: a record that had to be sent twice is in the topic once.
     producer = KafkaProducer(bootstrap_servers=settings.brokers, enable_idempotence=True, acks="all", **settings.client)
-    with tqdm(unit=" records", disable=None) as progress, producer:
+    with tqdm(unit=" records", disable=None) as progress:
         try:
             for number, row in enumerate(takewhile(lambda _: not problems, rows(path))):
                 if isinstance(row, str):
@@ -139,9 +137,10 @@ def load(settings: Settings, path: Path) -> int:
                     sent = producer.send(settings.input_topic, key=country.encode() or None, value=ip.encode())
                     sent.add_callback(acknowledge).add_errback(problems.append)
                 if number % UNACKNOWLEDGED == 0:
-                    producer.flush()
+                    producer.flush(DELIVERY_SECONDS)
         except (KafkaError, OSError, KeyboardInterrupt) as error:
             problems.append(str(error) or "interrupted")
+        producer.close(30 if problems else DELIVERY_SECONDS)
     say(f"loaded {acknowledged} records into topic {settings.input_topic}")
     if skipped > SHOWN:
         print(f"load_data.py: skipped {skipped} rows; the first {SHOWN} are above", file=sys.stderr)
@@ -188,7 +187,8 @@ def main() -> int:
         return load(settings, options.file)
     except KafkaError as error:
         why = why_no_connection([record.getMessage() for record in kafka_log.buffer], error)
-        parser.exit(1, f"load_data.py: Kafka at {','.join(settings.brokers)} (KAFKA_BROKERS): {why}\n")
+        print(f"load_data.py: Kafka at {','.join(settings.brokers)} (KAFKA_BROKERS): {why}", file=sys.stderr)
+        os._exit(1)  # a producer that has records left does not let go
 
 
 if __name__ == "__main__":

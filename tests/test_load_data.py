@@ -1,5 +1,6 @@
 """The loader: every kind of file, topics that exist and do not, and counts that are true."""
 
+import os
 import subprocess
 import sys
 import time
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 from kafka import KafkaAdminClient
 
-from conftest import PROJECT, Program, Topics
+from conftest import PROJECT, Program, Topics, ended, wait_until
+from kafka_server import KafkaServer
 from load_data import SAMPLE, rows
 
 GERMANY = ("5.159.132.1", "Germany")
@@ -102,13 +104,18 @@ def test_of_many_bad_rows_ten_are_shown_and_all_are_counted(
     assert "skipped 2000 rows; the first 10 are above" in loaded.errors
 
 
-def test_output_that_nobody_reads_is_no_error(load_data_program: Program, topic_names: Topics) -> None:
-    process = load_data_program.start(str(SAMPLE), **topic_names.environment())
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("option", [[], ["--help"]])
+def test_output_that_nobody_reads_is_no_error(
+    load_data_program: Program, topics: Topics, option: list[str], unbuffered: str
+) -> None:
+    process = load_data_program.start(str(SAMPLE), *option, **topics.environment(), PYTHONUNBUFFERED=unbuffered)
     assert process.stdout
+    assert process.stderr
     process.stdout.close()
     assert process.wait(30) == 0
-    assert process.stderr
-    assert "Traceback" not in process.stderr.read()
+    assert process.stderr.read() == ""
+    assert topics.end_offset(topics.input) == (0 if option else len(list(rows(SAMPLE))))
 
 
 def test_quote_that_never_closes_is_reported_where_it_opens(tmp_path: Path) -> None:
@@ -180,9 +187,36 @@ def test_too_many_replicas_is_an_error(load_data_program: Program, topic_names: 
     assert ended.errors.count("\n") == 1
 
 
+@pytest.mark.faults
+def test_broker_that_does_not_answer_for_a_while_gets_no_record_twice(
+    load_data_program: Program, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.csv"
+    os.mkfifo(path)
+    lines = [f"1.{number // 250}.{number % 250}.1,Germany {number % 20}\n" for number in range(4_000)]
+    with KafkaServer() as server:
+        topics = Topics(server.address, "in", "out")
+        topics.create(topics.input)
+        process = load_data_program.start(str(path), **topics.environment())
+        with path.open("w") as file:
+            file.write("".join(lines[:2_000]))
+            file.flush()
+            wait_until(lambda: topics.end_offset(topics.input) > 0)
+            server.freeze()
+            file.write("".join(lines[2_000:]))
+        time.sleep(40)  # kafka-python sends again after 30 what is not answered
+        server.thaw()
+        loaded = ended(process)
+        assert (loaded.exit_code, loaded.errors) == (0, "")
+        assert "loaded 4000 records" in loaded.output
+        found = topics.read(topics.input)
+    assert Counter(f"{(value or b'').decode()},{(key or b'').decode()}\n" for key, value in found) == Counter(lines)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("KAFKA_CLIENT_SECURITY_PROTOCOL", "SASL-SSL"),
         ("KAFKA_BROKERS", "localhost:x"),
         ("KAFKA_BROKERS", "localhost"),
         ("KAFKA_INPUT_TOPIC", "two words"),
