@@ -1,4 +1,4 @@
-"""The same work with the engine's own Kafka connectors, in one pass: python -m bytewax.run."""
+"""The same work with the engine's own Kafka connectors, in a bounded run: python -m bytewax.run."""
 
 import bytewax.operators as op
 from bytewax.connectors.kafka import KafkaSink, KafkaSinkMessage, KafkaSource
