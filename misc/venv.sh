@@ -10,8 +10,9 @@ has_version() { "$1" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] not
 make_venv() {
     for version in $versions; do
         for python in "python$version" python3 python; do
-            if has_version "$python" "$version"; then
-                "$python" -m venv "$venv"
+            # pyenv's commands find what is not its global version only where that is named.
+            if PYENV_VERSION=$version has_version "$python" "$version"; then
+                PYENV_VERSION=$version "$python" -m venv "$venv"
                 return
             fi
         done
