@@ -212,7 +212,7 @@ class Worker:
         self.refused: RunError | None = None
         self.batch_refused = self.one_by_one = False  # after a batch was refused records are sent one by one
         self.pending: Counter[str] = Counter()  # results since the last commit
-        self.counts: Counter[str] = Counter()  # results that are committed
+        self.counts = Counter(dict.fromkeys(RESULTS, 0))  # committed; other threads read it, so it never grows
         self.commits = self.rebalances = 0
         self.last_commit = self.last_record = time.monotonic()
         self.trouble_since: float | None = None
@@ -1442,7 +1442,7 @@ def check_kafka(settings: Settings) -> None:
     brokers = settings.kafka_brokers
     client: dict[str, Any] = {**settings.kafka_client, "bootstrap.servers": brokers}
     try:
-        Producer(producer_properties(settings, brokers, "check"), logger=logger)
+        producer = Producer(producer_properties(settings, brokers, "check"), logger=logger)
         consumer = Consumer(asking_properties(settings, brokers), logger=logger)
         admin = AdminClient(client, logger=logger)
     except KafkaException as error:
@@ -1450,7 +1450,7 @@ def check_kafka(settings: Settings) -> None:
             f"a KAFKA_CLIENT_, _CONSUMER_ or _PRODUCER_ property is wrong: {reason_of(error)}"
         ) from None
     try:
-        check_topics(settings, admin, said)
+        check_topics(settings, admin, [producer, consumer, admin], said)
         if {**settings.kafka_client, **settings.kafka_consumer}.get("auto.offset.reset") in LATEST:
             start_from_now(consumer, settings)
         committed_offsets(consumer, settings.kafka_input_topic, [0])
@@ -1469,14 +1469,22 @@ def check_files(settings: Settings) -> None:
                 raise SettingsError(f"{name}={value!r}: No such file or directory")
 
 
-def check_topics(settings: Settings, admin: AdminClient, said: BufferingHandler) -> None:
-    """See that the topics are there, and that they and the group may be used; errors as check_kafka has them."""
+def check_topics(settings: Settings, admin: AdminClient, clients: list[Any], said: BufferingHandler) -> None:
+    """See that the topics are there, and that they and the group may be used; errors as check_kafka has them.
+
+    Args:
+        settings: all of them.
+        admin: asks.
+        clients: all that may have something to say of their connections.
+        said: gets it.
+    """
     topics = {settings.kafka_input_topic: AclOperation.READ, settings.kafka_output_topic: AclOperation.WRITE}
     seconds = {"request_timeout": CONNECT_SECONDS}
     group = admin.describe_consumer_groups([settings.group], **seconds)[settings.group]
     found = admin.describe_topics(TopicCollection(list(topics)), include_authorized_operations=True, **seconds)
     while not all(answer.done() for answer in found.values()):
-        admin.poll(0.05)  # takes what is said of connections
+        for client in clients:
+            client.poll(0.02)  # each gives away what it logs only in its own poll
     for topic, answer in found.items():
         if failure := answer.exception():
             raise RunError(why_not(settings, topic, failure, [record.getMessage() for record in said.buffer]))

@@ -194,7 +194,7 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (BrokenPipeError, KeyboardInterrupt) as error:
+        sys.exit(0 if isinstance(error, BrokenPipeError) else 130)  # before Python 3.12 --help does not expect one
     finally:
         say(end="")  # what --help has printed
