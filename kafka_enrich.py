@@ -1505,7 +1505,7 @@ def why_not(settings: Settings, topic: str, error: BaseException, said: list[str
     failures = [match[1] for line in said if (match := re.search(r"FAIL \[.*?\] \[.*?\]: (.*)", line))]
     # A broker that takes no such client just closes the connection, and one that is away refuses it.
     telling = [text for text in failures if re.search("SASL|SSL|resolve", text)] or failures or [reason_of(error)]
-    reason = DISCONNECTED if "Disconnected" in telling[0] else telling[0]
+    reason = DISCONNECTED if re.search("Disconnected|reset by peer", telling[0]) else telling[0]
     return f"Kafka at {settings.kafka_brokers} (KAFKA_BROKERS) cannot be used: {reason}"
 
 

@@ -159,9 +159,9 @@ def say(text: str = "", end: str = "\n") -> None:
 
 def why_no_connection(logged: list[str], error: Exception) -> str:
     """Choose from the log of the attempts what tells most, a time-out least; the exception, if that is all."""
-    attempts = [reason for reason in logged if "onnection" in reason or "disconnected" in reason] or [str(error)]
-    most = min(attempts, key=lambda reason: 1 if "disconnected" in reason else 2 if "timed out" in reason else 0)
-    return DISCONNECTED if "disconnected" in most else " ".join(most.split())
+    told = [reason for reason in logged if re.search("onnection|disconnected", reason)] or [str(error)]
+    told = [DISCONNECTED if re.search("disconnected|reset by peer", reason) else reason for reason in told]
+    return min(told, key=lambda why: 1 if why == DISCONNECTED else 2 if "timed out" in why else 0).replace("\n", " ")
 
 
 def main() -> int:
