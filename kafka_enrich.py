@@ -11,7 +11,8 @@ environment, or from kafka_enrich.env beside this file.
 
     record      what lies on a topic: key b"Germany", value b"5.159.132.1", headers, a timestamp
     location    {"city": "Berlin", "region": "State of Berlin", "country_name": "Germany"}
-    result      what became of a record: located, tombstone, invalid_ip, reserved_ip, not_found or lookup_failed
+    event       a record whose value is a JSON object, with IP_FIELD: b'{"id":1,"client":{"ip":"5.159.132.1"}}'
+    result      what became of a record: located, tombstone, or why not: invalid_ip, reserved_ip, not_found ...
     answer      the output's value and the result: (b'{"ip":"5.159.132.1","city":"Berlin",...}', "located")
 
 Exit codes: 0, done, or KAFKA_TAIL=1 was stopped by a signal; 1, Kafka or a look-up failed; 2, a setting is wrong;
@@ -20,12 +21,14 @@ Exit codes: 0, done, or KAFKA_TAIL=1 was stopped by a signal; 1, Kafka or a look
 
 import argparse
 import bisect
+import codecs
 import difflib
 import functools
 import hashlib
 import importlib.metadata
 import ipaddress
 import itertools
+import json
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -322,8 +325,8 @@ class Worker:
             if code_of(error) not in REFUSALS:
                 return
             if self.one_by_one:
-                output = self.settings.kafka_output_topic
-                raise RunError(f"topic {output!r} cannot be written: {reason_of(error)}") from None
+                topics = " or ".join(map(repr, self.settings.written))
+                raise RunError(f"topic {topics} cannot be written: {reason_of(error)}") from None
             self.batch_refused = True
 
     def begin_transactions(self) -> None:
@@ -332,8 +335,8 @@ class Worker:
             within(COMMIT_LIMIT, self.producer.init_transactions, COMMIT_LIMIT)
             self.producer.begin_transaction()
 
-    def undelivered(self, producer: Producer, record: Message, error: KafkaError, _output: Message) -> None:
-        """Take the report of a record that did not get to the output topic; of the others there is none."""
+    def undelivered(self, producer: Producer, record: Message, error: KafkaError, output: Message) -> None:
+        """Take the report of a record that did not get to its topic; of the others there is none."""
         if producer is not self.producer:  # it was given up, and its records are done again
             return
         if error.code() in REFUSALS and self.one_by_one:
@@ -345,9 +348,8 @@ class Worker:
                     f"{self.settings.group} --topic {topic}:{partition} --reset-offsets --to-offset {offset + 1} "
                     "--execute"
                 )
-            output = self.settings.kafka_output_topic
             self.refused = self.refused or RunError(
-                f"{topic}[{partition}] offset {offset} is refused by topic {output!r}: {error.str()}; {advice}"
+                f"{topic}[{partition}] offset {offset} is refused by topic {output.topic()!r}: {error.str()}; {advice}"
             )
         else:
             # All records of a batch have the same report, so only one by one do they tell which was refused.
@@ -643,6 +645,8 @@ class KafkaOutput(StatelessSinkPartition[Enriched]):
     def __init__(self, worker: Worker, brokers: str, topic: str) -> None:
         """Connect a producer, and begin its first transaction where there are any."""
         self._worker, self._topic = worker, topic
+        self._error_topic = worker.settings.kafka_error_topic
+        self._errors = set(RESULTS) - {"located", "tombstone"} if self._error_topic else set[str]()
         properties = producer_properties(worker.settings, brokers, worker.name)
 
         def connect() -> Producer:
@@ -655,12 +659,17 @@ class KafkaOutput(StatelessSinkPartition[Enriched]):
 
     def write_batch(self, items: list[Enriched]) -> None:
         """Produce records, each with the key, the headers and the timestamp of what came in."""
-        worker, topic = self._worker, self._topic
+        worker = self._worker
         producer, produced, pending = worker.producer, worker.produced, worker.pending
         report = functools.partial(worker.undelivered, producer)
         worker.under_way -= len(items)
+        topic = self._topic
         try:
             for record, (value, result) in items:
+                topic, headers = self._topic, record.headers()
+                if result in self._errors:
+                    topic, value = self._error_topic, record.value()
+                    headers = [*(headers or ()), *error_headers(record, result)]
                 produce = functools.partial(
                     producer.produce,
                     topic,
@@ -668,7 +677,7 @@ class KafkaOutput(StatelessSinkPartition[Enriched]):
                     record.key(),
                     on_delivery=functools.partial(report, record),
                     timestamp=max(record.timestamp()[1], 0),  # a record without one has -1, and 0 is now
-                    headers=record.headers(),
+                    headers=headers,
                 )
                 while True:
                     try:
@@ -680,7 +689,13 @@ class KafkaOutput(StatelessSinkPartition[Enriched]):
                 pending[result] += 1
             producer.poll(0)
         except KafkaException as error:  # the transaction has failed already, and all of it is done again
-            report(record, error.args[0], record)
+            report(record, error.args[0], Message(topic=topic))
+
+
+def error_headers(record: Message, error: str) -> list[tuple[str, bytes]]:
+    """Make the headers that tell, on the error topic, why a record is there and where it was."""
+    values = {"error": error, "topic": record.topic(), "partition": record.partition(), "offset": record.offset()}
+    return [(f"kafka_enrich.{name}", str(value).encode()) for name, value in values.items()]
 
 
 LIBRDKAFKA_LOG = logging.getLogger("kafka_enrich.librdkafka")  # some twenty lines a second while a broker is away
@@ -758,6 +773,9 @@ Topic = Annotated[
     Meta(pattern=r"^(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}\Z", description="a topic's name (1 to 249 of A-Z a-z 0-9 . _ -)"),
 ]
 Text = Annotated[str, Meta(pattern=r"^[!-~]+\Z", description="visible characters")]
+NOT = r"\"\\\x00-\x1f\ud800-\udfff,"  # in names of members; msgspec has none with quotes, backslashes or controls
+MEMBER = rf"\s*[^{NOT}\s][^{NOT}]*"
+PATH = rf"\s*(/([^{NOT}~]|~[01])*|[^{NOT}./\s][^{NOT}.]*(\.[^{NOT}.]+)*)"
 Workers = Annotated[int, Meta(ge=1, le=64, description="a whole number from 1 to 64")]
 
 
@@ -767,12 +785,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="upper"):
     kafka_brokers: Brokers = "localhost:9092"
     kafka_input_topic: Topic = "ip_address_by_country"
     kafka_output_topic: Topic = "ip_address_by_location"
+    kafka_error_topic: Topic = ""
     kafka_group_id: Annotated[str, Meta(pattern=r"^[!-~]{1,200}\Z", description="a consumer group's name")] = ""
     kafka_tail: Annotated[bool, Meta(description="0 or 1")] = False
     delivery_guarantee: Annotated[
         Literal["at_least_once", "exactly_once"], Meta(description="at_least_once or exactly_once")
     ] = "at_least_once"
     commit_seconds: Annotated[float, Meta(ge=0.05, le=60, description="a number from 0.05 to 60")] = 0
+    ip_field: Annotated[
+        str, Meta(pattern=rf"^{PATH}(,{PATH})*\Z", description="a path such as client.ip or /client/ip, or several")
+    ] = ""
+    location_field: Annotated[
+        str, Meta(pattern=rf"^{MEMBER}(,{MEMBER})*\Z", description="the name of a member, or several")
+    ] = "location"
     geoip_database: Annotated[str, Meta(min_length=1, description="the path of an .mmdb file")] = ""
     ipapi_url: Annotated[
         str,
@@ -800,6 +825,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="upper"):
         return self.kafka_group_id or f"{self.kafka_input_topic}-to-{self.kafka_output_topic}"
 
     @property
+    def written(self) -> list[str]:
+        """The topics that are written to."""
+        return [topic for topic in (self.kafka_output_topic, self.kafka_error_topic) if topic]
+
+    @property
     def exactly_once(self) -> bool:
         """Whether records and offsets are written in transactions."""
         return self.delivery_guarantee == "exactly_once"
@@ -825,36 +855,32 @@ NAMES = {
     name.upper(): name for name in Settings.__struct_fields__ if not name.endswith(("client", "consumer", "producer"))
 }
 PROPERTIES = {"KAFKA_CLIENT_": "kafka_client", "KAFKA_CONSUMER_": "kafka_consumer", "KAFKA_PRODUCER_": "kafka_producer"}
+MEMBERS = "each copy of the script is a member of the consumer group"
 FORMER = {
-    "BYTEWAX_ADDRESSES": "each copy of the script is a member of the consumer group",
-    "BYTEWAX_HOSTFILE_PATH": "each copy of the script is a member of the consumer group",
-    "BYTEWAX_PROCESS_ID": "each copy of the script is a member of the consumer group",
-    "BYTEWAX_POD_NAME": "each copy of the script is a member of the consumer group",
-    "BYTEWAX_STATEFULSET_NAME": "each copy of the script is a member of the consumer group",
     "EPOCH_SECONDS": "COMMIT_SECONDS has taken its place",
     "RECOVERY_DIR": "the consumer group keeps the place",
+    **{
+        f"BYTEWAX_{name}": MEMBERS
+        for name in ("ADDRESSES", "HOSTFILE_PATH", "POD_NAME", "PROCESS_ID", "STATEFULSET_NAME")
+    },
 }
 # What auto.offset.reset may be, in librdkafka's words.
 EARLIEST, LATEST = ("earliest", "beginning", "smallest"), ("latest", "end", "largest")
 # Properties that carry the guarantee, and what decides instead.
 GUARDED = {
-    "acks": "DELIVERY_GUARANTEE",
-    "bootstrap.servers": "KAFKA_BROKERS",
+    **dict.fromkeys(
+        (
+            "acks request.required.acks enable.idempotence delivery.report.only.error delivery.timeout.ms "
+            "message.timeout.ms transaction.timeout.ms transactional.id isolation.level"
+        ).split(),
+        "DELIVERY_GUARANTEE",
+    ),
+    **dict.fromkeys(("bootstrap.servers", "metadata.broker.list"), "KAFKA_BROKERS"),
+    **dict.fromkeys(("enable.auto.commit", "enable.auto.offset.store"), "COMMIT_SECONDS"),
     "default.topic.config": "each property by its own name",
-    "delivery.report.only.error": "DELIVERY_GUARANTEE",
-    "delivery.timeout.ms": "DELIVERY_GUARANTEE",
-    "enable.auto.commit": "COMMIT_SECONDS",
-    "enable.auto.offset.store": "COMMIT_SECONDS",
-    "enable.idempotence": "DELIVERY_GUARANTEE",
     "enable.partition.eof": "KAFKA_TAIL",
     "group.id": "KAFKA_GROUP_ID",
-    "isolation.level": "DELIVERY_GUARANTEE",
-    "message.timeout.ms": "DELIVERY_GUARANTEE",
-    "metadata.broker.list": "KAFKA_BROKERS",
     "partitioner": "the record's key",
-    "request.required.acks": "DELIVERY_GUARANTEE",
-    "transaction.timeout.ms": "DELIVERY_GUARANTEE",
-    "transactional.id": "DELIVERY_GUARANTEE",
 }
 
 
@@ -911,13 +937,30 @@ def read_settings(env: Mapping[str, str]) -> Settings:
     for prefix, field in PROPERTIES.items():
         values[field] = read_properties(env, prefix, wrong)
     settings = Settings(**values)
-    if settings.kafka_input_topic == settings.kafka_output_topic:
-        wrong.append(f"KAFKA_OUTPUT_TOPIC={settings.kafka_output_topic!r} is the input topic too")
-    if settings.metrics_port + settings.processes > 65_536:
-        wrong.append(f"METRICS_PORT={settings.metrics_port} is too high for {settings.processes} processes")
+    wrong += contradictions(settings)
     if wrong:
         raise SettingsError("\n".join(wrong))
     return settings
+
+
+def contradictions(settings: Settings) -> list[str]:
+    """Find settings that do not go together, and say so in a line for each."""
+    paths, members = split_names(settings.ip_field), split_names(settings.location_field)
+    ip_field, location_field = f"IP_FIELD={settings.ip_field!r}", f"LOCATION_FIELD={settings.location_field!r}"
+    topics, error_topic = (settings.kafka_input_topic, settings.kafka_output_topic), settings.kafka_error_topic
+    rules = (
+        (topics[0] == topics[1], f"KAFKA_OUTPUT_TOPIC={topics[1]!r} is the input topic too"),
+        (error_topic in topics, f"KAFKA_ERROR_TOPIC={error_topic!r} is the input or the output topic too"),
+        (len(set(members)) < len(members), f"{location_field} has a name twice"),
+        (not settings.ip_field and members != ["location"], f"{location_field} is of no use without IP_FIELD"),
+        (settings.ip_field and len(paths) != len(members), f"{ip_field} needs as many names in {location_field}"),
+        ({path_of(path)[0] for path in paths} & set(members), f"{location_field} is what {ip_field} reads"),
+        (
+            settings.metrics_port + settings.processes > 65_536,
+            f"METRICS_PORT={settings.metrics_port} is too high for {settings.processes} processes",
+        ),
+    )
+    return [line for broken, line in rules if broken]
 
 
 def read_properties(env: Mapping[str, str], prefix: str, wrong: list[str]) -> dict[str, str]:
@@ -946,33 +989,16 @@ def doubtful_names(env: Mapping[str, str]) -> list[str]:
 
 
 class NotLocated(Exception):
-    """An address has no location; the class says why, as records name it."""
+    """An address has no location; its result says why, as records name it."""
 
-    result = ""
-
-
-class InvalidIp(NotLocated):
-    """It is no address."""
-
-    result = "invalid_ip"
+    def __init__(self, result: str) -> None:
+        """Say why: invalid_ip, reserved_ip (nobody's on the public Internet), or not_found (unknown to the source)."""
+        super().__init__(result)
+        self.result = result
 
 
-class ReservedIp(NotLocated):
-    """It is nobody's on the public Internet."""
-
-    result = "reserved_ip"
-
-
-class NotFound(NotLocated):
-    """The source does not know it."""
-
-    result = "not_found"
-
-
-class LookupFailed(NotLocated):
+class LookupFailed(Exception):
     """The source did not answer; it may the next time, so that this is never remembered."""
-
-    result = "lookup_failed"
 
 
 # IANA's special-purpose registries (iana-ipv4-special-registry, iana-ipv6-special-registry) as of April 2025: blocks
@@ -987,7 +1013,10 @@ REACHABLE = """
 """
 # Where an IPv4 address stands in an IPv6 address: mapped (RFC 4291), NAT64 (RFC 6052), 6to4 (RFC 3056).
 EMBEDDED = ((bytes(10) + b"\xff\xff", 12), (bytes.fromhex("0064ff9b") + bytes(8), 12), (bytes.fromhex("2002"), 2))
-LONGEST_ADDRESS = 64  # characters: 45 of an IPv6 address at most, and the name of a zone
+# How an address is written: in brackets with a port or without one, IPv4 with a port, or as it is, with a zone or not.
+WRITTEN = re.compile(
+    r"\[([0-9A-Fa-f:.]+(?:%[^\s\]]+)?)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}|([0-9A-Fa-f:.]+(?:%\S+)?)"
+)
 
 
 def bounds(version: Literal[4, 6]) -> tuple[list[int], list[int]]:
@@ -1004,38 +1033,64 @@ def bounds(version: Literal[4, 6]) -> tuple[list[int], list[int]]:
 BOUNDS = {4: bounds(4), 16: bounds(6)}  # by the number of bytes of an address
 
 
-def public_address(text: str) -> str:
-    """Bring an address into the one form in which every source is asked.
+def find_address(text: str) -> tuple[str, str, bool]:
+    """Find the address that counts in a text: its first public one from the left, or else its first one.
 
     Args:
-        text: an IPv4 or IPv6 address. An IPv4 address inside an IPv6 address counts as that, and a zone (fe80::1%eth0)
-            does not count: it says where a packet leaves, not where the address is.
+        text: an address, or several of them and other things, between commas as X-Forwarded-For has them, or in an
+            array.
 
     Returns:
-        the address, IPv6 in its shortest form.
+        the address as it stands there, without its port; the one form in which every source is asked for it, IPv6 in
+        its shortest form, without a zone, which says where a packet leaves and not where the address is; and whether
+        it is public.
 
     Raises:
-        InvalidIp: the text is no address; short forms such as 8.8, which maxminddb would take, are none either.
-        ReservedIp: the address is nobody's on the public Internet.
+        NotLocated: there is no address; short forms such as 8.8, which maxminddb would take, are none either.
     """
+    reserved = None
+    if text.startswith("["):  # an array in JSON, or an address in brackets
+        with suppress(ValueError, RecursionError):
+            text = address_in(msgspec.json.decode(text))
+    for part in text.split(","):
+        written = part.strip()
+        if written[:1] == written[-1:] == '"':
+            written = written[1:-1].strip()
+        match = WRITTEN.fullmatch(written)
+        stood = match and (match[1] or match[2] or match[3])
+        packed = stood and pack(stood)
+        if stood and packed:
+            asked = socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+            if is_public(packed):
+                return stood, asked, True
+            reserved = reserved or (stood, asked, False)
+    if reserved:
+        return reserved
+    raise NotLocated("invalid_ip")
+
+
+def pack(text: str) -> bytes | None:
+    """Parse an address into its 4 or 16 bytes; an IPv4 address inside an IPv6 address counts as that."""
     try:
-        packed = socket.inet_pton(socket.AF_INET, text)
-    except (OSError, ValueError):
-        try:
-            packed = socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
-        except (OSError, ValueError):
-            raise InvalidIp from None
-        for prefix, start in EMBEDDED:
-            if packed.startswith(prefix):
-                packed = packed[start : start + 4]
-                break
-        text = socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+        return socket.inet_pton(socket.AF_INET, text)
+    except OSError:
+        pass
+    try:
+        packed = socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
+    except OSError:
+        return None
+    for prefix, start in EMBEDDED:
+        if packed.startswith(prefix):
+            return packed[start : start + 4]
+    return packed
+
+
+def is_public(packed: bytes) -> bool:
+    """Tell whether an address can be somebody's on the public Internet."""
     firsts, lasts = BOUNDS[len(packed)]
     number = int.from_bytes(packed, "big")
     block = bisect.bisect_right(firsts, number) - 1
-    if block >= 0 and number <= lasts[block]:
-        raise ReservedIp
-    return text
+    return block < 0 or number > lasts[block]
 
 
 # --- Locations: where they come from ----------------------------------------------------------------------------
@@ -1049,7 +1104,7 @@ class Location(TypedDict):
     country_name: str | None
 
 
-Locate = Callable[[str], Location]  # of an address as public_address has it; raises NotLocated
+Locate = Callable[[str], Location]  # of an address as sources are asked; raises NotLocated, LookupFailed
 
 
 def name_in(field: object) -> str | None:
@@ -1071,10 +1126,10 @@ def location_in(record: object) -> Location:
         the location.
 
     Raises:
-        NotFound: the record names no city, region or country.
+        NotLocated: the record names no city, region or country.
     """
     if not isinstance(record, dict):
-        raise NotFound
+        raise NotLocated("not_found")
     read = record.get
     subdivisions = read("subdivisions")
     nested = subdivisions[0] if isinstance(subdivisions, list) and subdivisions else None
@@ -1082,7 +1137,7 @@ def location_in(record: object) -> Location:
     region = name_in(nested or read("region") or read("state1"))
     country_name = name_in(read("country_name") or read("country") or read("country_code"))
     if not (city or region or country_name):
-        raise NotFound
+        raise NotLocated("not_found")
     return {"city": city, "region": region, "country_name": country_name}
 
 
@@ -1120,7 +1175,7 @@ def open_database(path: str) -> Database:
 
     def locate(address: str) -> Location:
         if metadata.ip_version == 4 and ":" in address:
-            raise NotFound
+            raise NotLocated("not_found")
         try:
             return location_in(reader.get(address))
         except (ValueError, maxminddb.InvalidDatabaseError):  # the file is damaged at this record
@@ -1174,7 +1229,8 @@ class HttpApi:
             its location.
 
         Raises:
-            NotLocated: what the API says of it, LookupFailed where it says nothing or is not asked.
+            NotLocated: what the API says of it.
+            LookupFailed: it says nothing, or is not asked.
         """
         if time.monotonic() < self._paused_until:
             raise LookupFailed(f"{self._url} is left alone")
@@ -1237,7 +1293,8 @@ def location_in_reply(status: int, retry_after: str | None, body: bytes) -> Loca
         the location.
 
     Raises:
-        NotLocated: the kind that the reply says, LookupFailed for one that is no answer about the address.
+        NotLocated: what the reply says.
+        LookupFailed: it is no answer about the address.
     """
     try:
         fields = msgspec.json.decode(body)
@@ -1249,11 +1306,11 @@ def location_in_reply(status: int, retry_after: str | None, body: bytes) -> Loca
         return location_in(fields)
     reason = str(fields.get("reason")).casefold()
     if reason == "reserved ip address":
-        raise ReservedIp
+        raise NotLocated("reserved_ip")
     if reason == "invalid ip address":
-        raise InvalidIp
+        raise NotLocated("invalid_ip")
     if status == 404 and "reason" in fields:  # any other page that is not there speaks of a wrong IPAPI_URL
-        raise NotFound
+        raise NotLocated("not_found")
     if status in (401, 403, 429) or reason == "ratelimited":
         raise Refused("rate limited" if reason == "ratelimited" else f"HTTP {status}", seconds_in(retry_after))
     raise LookupFailed(f"HTTP {status} without a location")
@@ -1271,77 +1328,222 @@ def seconds_in(retry_after: str | None) -> float | None:
 
 # --- Records: bytes in, bytes out -------------------------------------------------------------------------------
 
-RESULTS = ("located", "tombstone", "invalid_ip", "reserved_ip", "not_found", "lookup_failed")
+RESULTS = tuple(
+    "located tombstone invalid_ip reserved_ip not_found lookup_failed missing_ip invalid_record field_exists".split()
+)
+UNCHANGED = {  # events that pass as they are: the first of each kind is told, for nobody may have meant that
+    "missing_ip": "no address at IP_FIELD",
+    "invalid_record": "no JSON object",
+    "field_exists": "LOCATION_FIELD is there already",
+}
 TOMBSTONE: Answer = (None, "tombstone")
 NOWHERE = Location(city=None, region=None, country_name=None)
+LONGEST_ADDRESS = 64  # characters: 45 of an IPv6 address at most, and the name of a zone
 
 
 class Locations:
     """Turns records into enriched records, and remembers the final answers."""
 
-    def __init__(self, locate: Locate, cache_size: int, on_lookup_failed: str) -> None:
-        """Choose where to look.
-
-        Args:
-            locate: where locations come from.
-            cache_size: how many final answers to remember, 0 or more; the least recently used goes first.
-            on_lookup_failed: mark or stop.
-        """
-        self._locate, self._stop = locate, on_lookup_failed == "stop"
-        self.remembered = functools.lru_cache(cache_size)(self.look_up)
+    def __init__(self, locate: Locate, settings: "Settings") -> None:
+        """Choose where to look, and what records are: addresses, or events that hold some."""
+        self._locate, self._stop = locate, settings.on_lookup_failed == "stop"
+        self._told = set[str]()
+        self.remembered = functools.lru_cache(settings.cache_size)(self._look_up)
+        self._answer: Callable[[bytes], Answer] = self._find
+        self._write: Callable[[str, Location, str | None], bytes] = to_json
+        if settings.ip_field:
+            self._answer, self._write = self._answer_event, to_member
+            names = split_names(settings.location_field)
+            self._read = event_reader([path_of(field) for field in split_names(settings.ip_field)], names)
+            self._names = [b"," + msgspec.json.encode(name) + b":" for name in names]
 
     def get_location(self, record: Message) -> Enriched:
         """Find where the address of a record is.
 
         Args:
-            record: with a value such as b"5.159.132.1".
+            record: with a value such as b"5.159.132.1", or with IP_FIELD=ip an event, b'{"id":1,"ip":"5.159.132.1"}'.
 
         Returns:
-            the record, and the answer: (b'{"ip":"5.159.132.1","city":"Berlin",...}', "located"); a tombstone, a record
-            without a value, is answered with one.
+            the record, and the answer: (b'{"ip":"5.159.132.1","city":"Berlin",...}', "located"), of an event
+            (b'{"id":1,"ip":"5.159.132.1","location":{"city":"Berlin",...}}', "located"); a tombstone, a record without
+            a value, is answered with one.
 
         Raises:
             RunError: a look-up failed, and ON_LOOKUP_FAILED is stop.
         """
         value = record.value()
-        return record, TOMBSTONE if value is None else self.answer(value)
+        if value is None:
+            return record, TOMBSTONE
+        answer = self._answer(value)
+        if answer[1] in UNCHANGED and answer[1] not in self._told:
+            self._tell(record, answer[1])
+        return record, answer
 
-    def answer(self, value: bytes) -> Answer:
-        """Answer a value, where it can be an address from what is remembered; failures are not remembered."""
+    def _answer_event(self, event: bytes) -> Answer:
+        """Answer an event with its own bytes, and a member for each of its addresses before the last brace."""
+        texts = self._read(event)
+        if isinstance(texts, str):
+            return event, texts
+        members: list[bytes] = []
+        results = []
+        for name, text in zip(self._names, texts, strict=True):
+            if text:
+                member, result = self._find(text)
+                members += name, member
+                results.append(result)
+        if not results:
+            return event, "missing_ip"
+        brace = event.rindex(b"}")
+        enriched = b"".join((event[:brace], *members, event[brace:]))
+        return enriched, "located" if "located" in results else results[0]
+
+    def _find(self, address: bytes | str) -> tuple[bytes, str]:
+        """Find what goes out for an address, if it can be one from what is remembered; failures are not."""
         try:
-            return self.remembered(value) if len(value) <= LONGEST_ADDRESS else self.look_up(value)
+            return self.remembered(address) if len(address) <= LONGEST_ADDRESS else self._look_up(address)
         except LookupFailed as failure:
-            text = text_of(value)
+            ip, _, _ = find_address(text_of(address))
             if self._stop:
                 raise RunError(
-                    f"{text} was not looked up: {failure}; a new start tries again (ON_LOOKUP_FAILED=stop)"
+                    f"{ip} was not looked up: {failure}; a new start tries again (ON_LOOKUP_FAILED=stop)"
                 ) from None
-            return to_json(text, NOWHERE, failure.result), failure.result
+            return self._write(ip, NOWHERE, "lookup_failed"), "lookup_failed"
 
-    def look_up(self, value: bytes) -> Answer:
-        """Find the final answer to a value.
+    def _look_up(self, address: bytes | str) -> tuple[bytes, str]:
+        """Find the final answer to an address.
 
         Raises:
             LookupFailed: there is none now.
         """
-        text = text_of(value)
+        ip = text_of(address)
         try:
-            return to_json(text, self._locate(public_address(text))), "located"
-        except LookupFailed:
-            raise
+            ip, asked, public = find_address(ip)
+            if not public:
+                raise NotLocated("reserved_ip")
+            return self._write(ip, self._locate(asked), None), "located"
         except NotLocated as reason:
-            return to_json(text, NOWHERE, reason.result), reason.result
+            return self._write(ip, NOWHERE, reason.result), reason.result
+
+    def _tell(self, record: Message, result: str) -> None:
+        """Warn of the first record of its kind, after which there may be thousands."""
+        self._told.add(result)
+        value = record.value() or b""
+        why = "it begins with Schema Registry's frame" if value.startswith(b"\0") else UNCHANGED[result]
+        place = f"{record.topic()}[{record.partition()}] offset {record.offset()}"
+        log.warning("%s passes unchanged: %s; more of them are only counted, as %s", place, why, result)
 
 
-def text_of(value: bytes) -> str:
+def text_of(address: bytes | str) -> str:
     """Decode a value; what is no UTF-8 becomes U+FFFD, which no address holds."""
-    return value.decode("utf-8", "replace").strip()
+    return (address.decode("utf-8", "replace") if isinstance(address, bytes) else address).strip()
 
 
-def to_json(ip: str, location: Location, error: str | None = None) -> bytes:
+def to_json(ip: str, location: Location, error: str | None) -> bytes:
     """Write the value of an output record; cut to the length of an address, it stays small whatever came in."""
     record = {"ip": ip[:LONGEST_ADDRESS], **location}
     return msgspec.json.encode(record if error is None else {**record, "error": error})
+
+
+def to_member(_ip: str, location: Location, error: str | None) -> bytes:
+    """Write what is added to an event: what is known, or the error."""
+    known = {name: value for name, value in location.items() if value is not None}
+    return msgspec.json.encode(known if error is None else {"error": error})
+
+
+# --- Events: the address is read, and nothing else is touched ---------------------------------------------------
+
+PLACE = re.compile("0|[1-9][0-9]{0,8}")  # of an item in an array
+
+
+def split_names(names: str) -> list[str]:
+    """Take comma separated names apart."""
+    return [name.strip() for name in names.split(",")]
+
+
+def path_of(field: str) -> list[str]:
+    """Read the path of a field: dotted (client.ip), or a JSON Pointer (/client/ip, RFC 6901) for names with dots."""
+    if field.startswith("/"):
+        return [name.replace("~1", "/").replace("~0", "~") for name in field[1:].split("/")]
+    return field.split(".")
+
+
+def event_reader(paths: list[list[str]], taken: list[str]) -> Callable[[bytes], list[str] | str]:
+    """Make a function that reads some fields of an event.
+
+    Args:
+        paths: where the addresses are, as path_of has them.
+        taken: members that an event must not have.
+
+    Returns:
+        the function: of an event it returns the text of each field, "" where there is none; or the result
+        invalid_record of what is no event, field_exists of one that has such a member.
+    """
+    decode = msgspec.json.Decoder(event_type([*paths, *([name] for name in taken)])).decode
+
+    def read(event: bytes) -> list[str] | str:
+        body = event.removeprefix(codecs.BOM_UTF8)
+        try:
+            found = decode(body)
+        except (ValueError, RecursionError):
+            found = decode_all(body)
+        if found is None:
+            return "invalid_record"
+        for name in taken:
+            if field_at(found, [name]) is not msgspec.UNSET:
+                return "field_exists"
+        return [address_in(field_at(found, path)) for path in paths]
+
+    return read
+
+
+def event_type(paths: list[list[str]]) -> Any:
+    """Make a type that has the fields at some paths: msgspec skips all others, which takes it a microsecond."""
+    fields = []
+    for name in dict.fromkeys(path[0] for path in paths):
+        rest = [path[1:] for path in paths if path[0] == name]
+        whole = any(not path or PLACE.fullmatch(path[0]) for path in rest)  # of arrays all is decoded
+        fields.append((attribute(name), Any if whole else event_type(rest) | msgspec.UnsetType, msgspec.UNSET))
+    return msgspec.defstruct("Event", fields, rename={attribute(path[0]): path[0] for path in paths})
+
+
+@functools.cache
+def attribute(name: str) -> str:
+    """Name the attribute that holds a member, whose own name can be any text."""
+    return f"_{name.encode().hex()}"
+
+
+def decode_all(body: bytes) -> dict[str, object] | None:
+    """Decode an event that is not as event_type has it, or that msgspec cannot read, such as lone surrogates.
+
+    Returns:
+        the event; None where it is no JSON object.
+    """
+    try:  # float takes integers of any length, and int takes no NaN
+        found = json.loads(body.decode("utf-8", "surrogateescape"), parse_int=float, parse_constant=int)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def field_at(found: object, path: list[str]) -> object:
+    """Follow a path through what is decoded; UNSET where it leads nowhere."""
+    for name in path:
+        if isinstance(found, dict):
+            found = found.get(name, msgspec.UNSET)
+        elif isinstance(found, list):
+            found = found[int(name)] if PLACE.fullmatch(name) and int(name) < len(found) else msgspec.UNSET
+        else:
+            found = getattr(found, attribute(name), msgspec.UNSET)
+    return found
+
+
+def address_in(field: object) -> str:
+    """Read a field: a text, or an array of them; "" where it is empty, and what is no address of all else."""
+    if isinstance(field, str):
+        return field.strip()
+    if isinstance(field, list):
+        return ",".join(item if isinstance(item, str) else "?" for item in field if item not in (None, ""))
+    return "" if field is None or field is msgspec.UNSET else "?"
 
 
 # --- Counts and metrics -----------------------------------------------------------------------------------------
@@ -1478,7 +1680,7 @@ def check_topics(settings: Settings, admin: AdminClient, clients: list[Any], sai
         clients: all that may have something to say of their connections.
         said: gets it.
     """
-    topics = {settings.kafka_input_topic: AclOperation.READ, settings.kafka_output_topic: AclOperation.WRITE}
+    topics = {settings.kafka_input_topic: AclOperation.READ, **dict.fromkeys(settings.written, AclOperation.WRITE)}
     seconds = {"request_timeout": CONNECT_SECONDS}
     group = admin.describe_consumer_groups([settings.group], **seconds)[settings.group]
     found = admin.describe_topics(TopicCollection(list(topics)), include_authorized_operations=True, **seconds)
@@ -1499,7 +1701,8 @@ def check_topics(settings: Settings, admin: AdminClient, clients: list[Any], sai
 def why_not(settings: Settings, topic: str, error: BaseException, said: list[str]) -> str:
     """Say why a topic cannot be used: what librdkafka logs of its connections tells more than a time-out."""
     if code_of(error) in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC):
-        return f"topic {topic!r} does not exist; create it, or run: python load_data.py"
+        loader = "" if topic == settings.kafka_error_topic else ", or run: python load_data.py"
+        return f"topic {topic!r} does not exist; create it{loader}"
     if code_of(error) == KafkaError.TOPIC_AUTHORIZATION_FAILED:
         return f"topic {topic!r} may not be used: no permission to DESCRIBE"
     failures = [match[1] for line in said if (match := re.search(r"FAIL \[.*?\] \[.*?\]: (.*)", line))]
@@ -1535,7 +1738,7 @@ def open_locations(settings: Settings) -> tuple[Locations, float | None]:
         locate, built = HttpApi(settings.ipapi_url, settings.ipapi_key).locate, None
     if settings.metrics_port:
         locate = Histogram("kafka_enrich_lookup_seconds", "Look-ups that the cache had no answer to.").time()(locate)
-    return Locations(locate, settings.cache_size, settings.on_lookup_failed), built
+    return Locations(locate, settings), built
 
 
 def run_process(settings: Settings, opened: "tuple[Locations, float | None]") -> int:

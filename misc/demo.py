@@ -1,4 +1,4 @@
-"""Load the sample, enrich it and show what lies on the output topic; misc/demo.sh runs this.
+"""Load the sample, enrich it and show what lies on the output topic, then the same of an event; misc/demo.sh runs this.
 
 It starts a Kafka for that, unless KAFKA_BROKERS names one: there it uses topics of its own, and deletes them.
 """
@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
 from kafka_server import KafkaServer
 
 PROJECT = Path(__file__).parent.parent
 SAMPLE_DATABASE = "misc/sample-city.mmdb"
-SHOWN = ("186.58.0.1", "2001:1b68::1", "192.168.0.1")
+SHOWN = ("2001:1b68::1", "192.168.0.1")
+EVENT = b'{"id":7, "client":{"ip":"[2001:1b68::1]:443"}, "paid":1.10}'
 
 
 @contextmanager
@@ -35,8 +36,9 @@ def kafka() -> Iterator[dict[str, str]]:
             yield {"KAFKA_BROKERS": brokers, **topics}
         finally:
             with KafkaAdminClient(bootstrap_servers=brokers.split(",")) as admin:
-                there = admin.list_topics()
-                admin.delete_topics([topic for topic in topics.values() if topic in there])
+                admin.delete_topics(
+                    [topic for topic in admin.list_topics() if topic.startswith(tuple(topics.values()))]
+                )
     else:
         print("starting Apache Kafka ...", flush=True)
         with KafkaServer(settings={"group.initial.rebalance.delay.ms": "0"}) as server:
@@ -80,6 +82,21 @@ def read(brokers: str, topic: str) -> list[tuple[str, str]]:
     return records
 
 
+def enrich_event(settings: dict[str, str]) -> bool:
+    """Write an event to a topic of its own, and show it before and after; whether only a member was added."""
+    brokers = settings["KAFKA_BROKERS"].split(",")
+    topics = {name: f"{settings[name]}_events" for name in ("KAFKA_INPUT_TOPIC", "KAFKA_OUTPUT_TOPIC")}
+    with KafkaAdminClient(bootstrap_servers=brokers) as admin:
+        for topic in topics.values():
+            admin.create_topics({topic: {"num_partitions": 1}}, wait_for_metadata=True)
+    with KafkaProducer(bootstrap_servers=brokers) as producer:
+        producer.send(topics["KAFKA_INPUT_TOPIC"], EVENT, b"7").get(30)
+    run(f"IP_FIELD=client.ip GEOIP_DATABASE={SAMPLE_DATABASE} python kafka_enrich.py", {**settings, **topics})
+    [(_, event)] = read(settings["KAFKA_BROKERS"], topics["KAFKA_OUTPUT_TOPIC"])
+    print(f"an event, and what lies on topic {topics['KAFKA_OUTPUT_TOPIC']}:\n  {EVENT.decode()}\n  {event}")
+    return event.startswith(EVENT.decode()[:-1]) and "location" in json.loads(event)
+
+
 def main() -> int:
     """Run the demo.
 
@@ -92,16 +109,17 @@ def main() -> int:
         loaded = read(settings["KAFKA_BROKERS"], settings["KAFKA_INPUT_TOPIC"])
         enriched = read(settings["KAFKA_BROKERS"], settings["KAFKA_OUTPUT_TOPIC"])
 
-    print(f"some of the {len(enriched)} records on topic {settings['KAFKA_OUTPUT_TOPIC']}:")
-    rows, results = Counter[tuple[str, str]](), Counter[str]()
-    for key, value in enriched:
-        record = json.loads(value)
-        rows[key, record["ip"]] += 1
-        results[record.get("error", "located")] += 1
-        if record["ip"] in SHOWN:
-            print(f"  {key}: {value}")
-    print(f"{len(loaded)} records in, {len(enriched)} out: {', '.join(f'{n} {what}' for what, n in results.items())}")
-    return 0 if rows == Counter(loaded) else 1
+        print(f"some of the {len(enriched)} records on topic {settings['KAFKA_OUTPUT_TOPIC']}:")
+        rows, results = Counter[tuple[str, str]](), Counter[str]()
+        for key, value in enriched:
+            record = json.loads(value)
+            rows[key, record["ip"]] += 1
+            results[record.get("error", "located")] += 1
+            if record["ip"] in SHOWN:
+                print(f"  {key}: {value}")
+        counts = ", ".join(f"{n} {what}" for what, n in results.items())
+        print(f"{len(loaded)} records in, {len(enriched)} out: {counts}")
+        return 0 if enrich_event(settings) and rows == Counter(loaded) else 1
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from mmdb_writer import MMDBWriter
 from netaddr import IPSet
 
 from conftest import SAMPLE_DATABASE, Program
-from kafka_enrich import LookupFailed, NotFound, SettingsError, open_database
+from kafka_enrich import LookupFailed, NotLocated, SettingsError, open_database
 
 
 def write(path: Path, records: dict[str, Any], ip_version: int = 6) -> str:
@@ -59,7 +59,7 @@ def test_location_is_read_by_path(tmp_path: Path, record: dict[str, Any], locati
 @pytest.mark.parametrize("record", [{}, {"city": ""}, {"traits": {"is_anycast": True}}, "Berlin", [1]])
 def test_record_without_a_location(tmp_path: Path, record: Any) -> None:
     database = write(tmp_path / "city.mmdb", {"8.8.8.0/24": record, "9.9.9.0/24": BERLIN})
-    with pytest.raises(NotFound):
+    with pytest.raises(NotLocated, match="not_found"):
         open_database(database).locate("8.8.8.8")
 
 
@@ -72,13 +72,13 @@ def test_type_and_date_are_logged(caplog: pytest.LogCaptureFixture, tmp_path: Pa
 
 
 def test_unknown_address() -> None:
-    with pytest.raises(NotFound):
+    with pytest.raises(NotLocated, match="not_found"):
         open_database(str(SAMPLE_DATABASE)).locate("9.9.9.9")
 
 
 def test_ipv6_address_in_an_ipv4_database(tmp_path: Path) -> None:
     locate = open_database(write(tmp_path / "city.mmdb", {"8.8.8.0/24": BERLIN}, ip_version=4)).locate
-    with pytest.raises(NotFound):
+    with pytest.raises(NotLocated, match="not_found"):
         locate("2001:4860:4860::8888")
     assert locate("8.8.8.8")["city"] == "Berlin"
 
@@ -86,7 +86,7 @@ def test_ipv6_address_in_an_ipv4_database(tmp_path: Path) -> None:
 def test_ipv4_address_in_an_ipv6_database(tmp_path: Path) -> None:
     locate = open_database(write(tmp_path / "city.mmdb", {"2001:4860::/32": BERLIN})).locate
     assert locate("2001:4860::1")["city"] == "Berlin"
-    with pytest.raises(NotFound):
+    with pytest.raises(NotLocated, match="not_found"):
         locate("8.8.8.8")
 
 

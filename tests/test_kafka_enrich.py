@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -30,6 +31,7 @@ TAIL = {"KAFKA_TAIL": "1"}
 EXACTLY_ONCE = {"DELIVERY_GUARANTEE": "exactly_once"}
 INSTANCE = {"KAFKA_CONSUMER_GROUP_INSTANCE_ID": "one"}  # without it a killed copy's partitions rest for ten seconds
 ADDRESS = b"186.58.0.1"
+ARGENTINA = '{"city":"Buenos Aires (San Telmo)","region":"Buenos Aires F.D.","country_name":"Argentina"}'
 LOCATED = b'{"city": "Mountain View", "region": "California", "country_name": "United States"}'
 CONSUMER_GROUPS_SH = "org.apache.kafka.tools.consumer.group.ConsumerGroupCommand"
 NOT_YET = {  # what a broker says of a group that has just begun
@@ -38,6 +40,7 @@ NOT_YET = {  # what a broker says of a group that has just begun
     KafkaError.GROUP_ID_NOT_FOUND,
     KafkaError.NOT_COORDINATOR,
 }
+CHANCE = random.SystemRandom()
 GUARANTEES = ["at_least_once", "exactly_once"]
 
 
@@ -116,7 +119,7 @@ def test_sample_from_load_to_output(
 
 
 def test_every_kind_of_record(kafka_enrich_program: Program, topics: Topics) -> None:
-    values = [ADDRESS, b" 186.58.0.1\n", b"10.0.0.1", b"9.9.9.9", b"ip", b"", b"\xff", b"8.8.8.8:53", None]
+    values = [ADDRESS, b" 186.58.0.1:53\n", b"10.0.0.1", b"9.9.9.9", b"ip", b"", b"\xff", b"8.8.8", None]
     topics.write([(b"key", value) for value in values])
     enriched = kafka_enrich_program(**topics.environment(), **DATABASE)
     assert enriched.exit_code == 0
@@ -131,7 +134,7 @@ def test_every_kind_of_record(kafka_enrich_program: Program, topics: Topics) -> 
         {"ip": "ip", **nowhere, "error": "invalid_ip"},
         {"ip": "", **nowhere, "error": "invalid_ip"},
         {"ip": "\ufffd", **nowhere, "error": "invalid_ip"},
-        {"ip": "8.8.8.8:53", **nowhere, "error": "invalid_ip"},
+        {"ip": "8.8.8", **nowhere, "error": "invalid_ip"},
         None,
     ]
     assert written[-1] is None
@@ -190,11 +193,97 @@ def test_several_share_a_bounded_run(kafka_enrich_program: Program, topics: Topi
     assert addresses(topics) == each_once(written)
 
 
+def an_event(number: int) -> tuple[bytes, bytes, str]:
+    """An event as somebody may have written it, what becomes of it, and the result."""
+    addresses = {
+        '"186.58.0.1"': ("located", ARGENTINA),
+        '"u08022, 186.58.0.1:443"': ("located", ARGENTINA),
+        '["10.0.0.1", "[::ffff:186.58.0.1]:1"]': ("located", ARGENTINA),
+        '"9.9.9.9"': ("not_found", '{"error":"not_found"}'),
+        '"10.0.0.1"': ("reserved_ip", '{"error":"reserved_ip"}'),
+        "7": ("invalid_ip", '{"error":"invalid_ip"}'),
+        "[ ]": ("missing_ip", None),
+    }
+    address = CHANCE.choice(list(addresses))
+    result, location = addresses[address]
+    members = [
+        f'"id" : {number}',
+        '"n":1.10',
+        '"n":123456789012345678901234567890',
+        '"t":"\\u00e9 \\/ }"',
+        '"d":{"e":[{}]}',
+    ]
+    members.append(f'"client":{{"port":443 ,"ip":{address}}}')
+    CHANCE.shuffle(members)
+    start, end = CHANCE.choice([("{", "}"), (" {\r\n", "\t} \n"), ("\ufeff{", " }")])
+    event = start + ", ".join(members)
+    if CHANCE.random() < 0.05:
+        result, location, end = CHANCE.choice(
+            [("invalid_record", None, ""), ("invalid_record", None, ',"x":NaN}'), ("field_exists", None, ',"geo":0}')]
+        )
+    added = "" if location is None else f',"geo":{location}'
+    tail = end.index("}") if "}" in end else 0
+    return (event + end).encode(), (event + end[:tail] + added + end[tail:]).encode(), result
+
+
+@pytest.mark.parametrize("guarantee", GUARANTEES)
+@pytest.mark.parametrize("error_topic", [False, True])
+def test_events_come_back_byte_for_byte(
+    request: pytest.FixtureRequest, kafka_enrich_program: Program, topics: Topics, guarantee: str, error_topic: bool
+) -> None:
+    events = [an_event(number) for number in range(100_000 if request.config.getoption("--whole") else 1000)]
+    topics.write([(b"%d" % number, event) for number, (event, _, _) in enumerate(events)], [("trace", b"\xff")])
+    errors = topics.output + "-errors"
+    topics.create(errors)
+    environment = {**topics.environment(), **DATABASE, "IP_FIELD": "client.ip", "LOCATION_FIELD": "geo"}
+    if error_topic:
+        environment["KAFKA_ERROR_TOPIC"] = errors
+    enriched = kafka_enrich_program(**environment, DELIVERY_GUARANTEE=guarantee)
+    assert enriched.exit_code == 0, enriched.errors
+    for result, count in Counter(result for _, _, result in events).items():
+        assert f" {count} {result}" in enriched.errors
+    found = {}
+    for message in [*Reader(topics, topics.output).read_all(), *Reader(topics, errors).read_all()]:
+        found[int(message.key() or b"")] = (message.topic(), message.value(), message.headers())
+    places = {int(message.key() or b""): message for message in Reader(topics, topics.input).read_all()}
+    for number, (event, expected, result) in enumerate(events):
+        if error_topic and result != "located":
+            place = (
+                ("topic", topics.input),
+                ("partition", places[number].partition()),
+                ("offset", places[number].offset()),
+            )
+            headers = [(f"kafka_enrich.{name}", str(value).encode()) for name, value in (("error", result), *place)]
+            assert found[number] == (errors, event, [("trace", b"\xff"), *headers])
+        else:
+            assert found[number] == (topics.output, expected, [("trace", b"\xff")])
+    assert topics.end_offset(isolation_level="read_committed") >= len(events) * (not error_topic)
+
+
+def test_error_topic_of_addresses_has_values_as_they_came(kafka_enrich_program: Program, topics: Topics) -> None:
+    errors = topics.output + "-errors"
+    topics.create(errors)
+    values = [ADDRESS, b" ip\xff\n", None, b"10.0.0.1", b"9.9.9.9", b""]
+    topics.write([(b"key", value) for value in values])
+    enriched = kafka_enrich_program(**topics.environment(), **DATABASE, KAFKA_ERROR_TOPIC=errors)
+    assert summary(located=1, tombstone=1, invalid_ip=2, reserved_ip=1, not_found=1) in enriched.errors
+    assert [value for _, value in topics.read(errors)] == [b" ip\xff\n", b"10.0.0.1", b"9.9.9.9", b""]
+    assert [value is None for _, value in topics.read()] == [False, True]
+
+
 def test_largest_records(kafka_enrich_program: Program, topics: Topics) -> None:
     topics.write([(b"k" * 1_040_000, ADDRESS), (b"k", b"v" * 1_040_000), (b"k" * 500_000, b"v" * 500_000)])
     enriched = kafka_enrich_program(**topics.environment(), **DATABASE)
     assert enriched.exit_code == 0, enriched.errors
     assert sorted(len(key or b"") for key, _ in topics.read()) == [1, 500_000, 1_040_000]
+
+
+def test_record_that_the_error_topic_refuses_is_named(kafka_enrich_program: Program, topics: Topics) -> None:
+    errors = topics.output + "-errors"
+    topics.create(errors, configs={"max.message.bytes": "10000"})
+    topics.write([(b"key", ADDRESS), (b"key", b"x" * 20_000)])
+    line = only_line(kafka_enrich_program(**topics.environment(), **DATABASE, KAFKA_ERROR_TOPIC=errors))
+    assert f" offset 1 is refused by topic {errors!r}: " in line
 
 
 def test_refused_record_is_named_and_skipped_by_the_command_that_the_line_ends_with(
@@ -243,21 +332,28 @@ def test_second_run_finds_nothing_new_and_another_group_does_all(kafka_enrich_pr
     assert len(topics.read()) == 2
 
 
-def test_exactly_once_shows_records_when_they_are_committed(kafka_enrich_program: Program, topics: Topics) -> None:
-    written = records(100)
+@pytest.mark.parametrize("error_topic", [False, True])
+def test_exactly_once_shows_records_when_they_are_committed(
+    kafka_enrich_program: Program, topics: Topics, error_topic: bool
+) -> None:
+    written = records(100)  # the sample database knows none of them
     topics.write(written)
     environment = {**topics.environment(), **DATABASE, **TAIL, **EXACTLY_ONCE, **INSTANCE, "COMMIT_SECONDS": "60"}
+    target = topics.output
+    if error_topic:
+        target = environment["KAFKA_ERROR_TOPIC"] = topics.output + "-errors"
+        topics.create(target)
     killed = kafka_enrich_program.start(**environment)
-    wait_until(lambda: topics.end_offset() == 100)
+    wait_until(lambda: topics.end_offset(target) == 100)
     killed.kill()
     killed.wait()
     process = kafka_enrich_program.start(**environment)
-    wait_until(lambda: topics.end_offset() > 200)  # the second hundred, and the marks that end the first one
-    assert not addresses(topics)
+    wait_until(lambda: topics.end_offset(target) > 200)  # the second hundred, and the marks that end the first one
+    assert not list(Reader(topics, target).read_all())
     process.terminate()
     assert ended(process).exit_code == 0
-    assert addresses(topics) == each_once(written)
-    assert len(topics.read()) == 200
+    assert sum(1 for _ in Reader(topics, target).read_all()) == 100
+    assert len(topics.read(target)) == 200
 
 
 @pytest.mark.parametrize("tail", ["0", "1"], ids=["bounded", "tail"])

@@ -2,8 +2,8 @@
 
 import ipaddress
 import json
+import re
 from collections.abc import Callable
-from contextlib import suppress
 
 import pytest
 from confluent_kafka import Message
@@ -14,15 +14,15 @@ from conftest import SAMPLE_DATABASE
 from kafka_enrich import (
     RESULTS,
     Answer,
-    InvalidIp,
     Locate,
     Location,
     Locations,
     LookupFailed,
-    ReservedIp,
+    NotLocated,
     RunError,
+    find_address,
     open_database,
-    public_address,
+    read_settings,
 )
 
 LOCATE = open_database(str(SAMPLE_DATABASE)).locate
@@ -31,8 +31,9 @@ TURKEY = {"city": "Ankara", "region": "Ankara", "country_name": "Türkiye"}
 NOWHERE = {"city": None, "region": None, "country_name": None}
 
 
-def make(locate: Locate = LOCATE, cache_size: int = 100, on_lookup_failed: str = "mark") -> Callable[[bytes], Answer]:
-    return Locations(locate, cache_size, on_lookup_failed).answer
+def make(locate: Locate = LOCATE, **environment: str) -> Callable[[bytes | None], Answer]:
+    locations = Locations(locate, read_settings({"CACHE_SIZE": "100", **environment}))
+    return lambda value: locations.get_location(Message(topic="t", partition=0, offset=1, value=value))[1]
 
 
 def value_out(value: bytes) -> dict[str, str | None]:
@@ -55,6 +56,20 @@ def value_out(value: bytes) -> dict[str, str | None]:
         (b"2001:1b68::1", "2001:1b68::1", TURKEY),
         (b"2001:1B68:0:0::0.0.0.1", "2001:1B68:0:0::0.0.0.1", TURKEY),
         (b"2001:1b68::1%eth0", "2001:1b68::1%eth0", TURKEY),
+        (b"186.58.0.1:443", "186.58.0.1", ARGENTINA),
+        (b"[2001:1b68::1]", "2001:1b68::1", TURKEY),
+        (b"[2001:1b68::1]:443", "2001:1b68::1", TURKEY),
+        (b"[2001:1b68::1%0]:443", "2001:1b68::1%0", TURKEY),
+        (b'"186.58.0.1"', "186.58.0.1", ARGENTINA),
+        (b' "186.58.0.1:443" ', "186.58.0.1", ARGENTINA),
+        (b'" [2001:1b68::1]:443"', "2001:1b68::1", TURKEY),
+        (b"186.58.0.1, 2001:1b68::1", "186.58.0.1", ARGENTINA),
+        (b"u08022, 186.58.0.1, 10.0.0.1", "186.58.0.1", ARGENTINA),
+        (b"10.0.0.1, unknown,,186.58.0.1:47168, 62.1.1.1", "186.58.0.1", ARGENTINA),
+        (b'"[2001:1b68::1]:47011", 186.58.0.1', "2001:1b68::1", TURKEY),
+        (b'["10.0.0.1", null, 7, "186.58.0.1"]', "186.58.0.1", ARGENTINA),
+        (b"2002:ba3a:1::1", "2002:ba3a:1::1", ARGENTINA),
+        (b"64:ff9b::186.58.0.1", "64:ff9b::186.58.0.1", ARGENTINA),
     ],
 )
 def test_located(value: bytes, ip: str, location: dict[str, str]) -> None:
@@ -75,15 +90,28 @@ def test_output_is_utf8_not_escaped() -> None:
         (b"ip,country", "ip,country"),
         (b"localhost", "localhost"),
         (b"dns.google", "dns.google"),
-        (b"8.8.8.8:53", "8.8.8.8:53"),
-        (b"[2001:1b68::1]:53", "[2001:1b68::1]:53"),
+        (b"8.8.8.8:", "8.8.8.8:"),
+        (b"8.8.8.8:http", "8.8.8.8:http"),
+        (b"8.8.8.8:123456", "8.8.8.8:123456"),
+        (b"8.8.8.8%eth0", "8.8.8.8%eth0"),
+        (b"[2001:1b68::1", "[2001:1b68::1"),
+        (b"[2001:1b68::1]53", "[2001:1b68::1]53"),
+        (b"[localhost]:53", "[localhost]:53"),
+        (b'"8.8.8.8', '"8.8.8.8'),
+        (b'"', '"'),
+        (b'""', '""'),
+        (b"unknown, localhost", "unknown, localhost"),
+        (b",", ","),
+        (b"[]", "[]"),
+        (b"[134744072]", "[134744072]"),
+        (b"null", "null"),
         (b"8.8.8.8/32", "8.8.8.8/32"),
         (b"8.8.8.256", "8.8.8.256"),
         (b"8.8.8", "8.8.8"),
         (b"134744072", "134744072"),
         (b"0x8.8.8.8", "0x8.8.8.8"),
         (b"010.8.8.8", "010.8.8.8"),
-        (b"8.8.8.8, 9.9.9.9", "8.8.8.8, 9.9.9.9"),
+        (b"8.8.8.8 9.9.9.9", "8.8.8.8 9.9.9.9"),
         (b"8.8.8.8\x00", "8.8.8.8\x00"),
         ("٨.٨.٨.٨".encode(), "٨.٨.٨.٨"),
         ("\ufeff8.8.8.8".encode(), "\ufeff8.8.8.8"),
@@ -137,7 +165,8 @@ def test_invalid_ip(value: bytes, ip: str) -> None:
     ],
 )
 def test_reserved_ip(address: str) -> None:
-    assert value_out(address.encode()) == {"ip": address, **NOWHERE, "error": "reserved_ip"}
+    for written in (address, f'"{address}"', f"unknown, {address}, 127.0.0.1"):
+        assert value_out(written.encode()) == {"ip": address, **NOWHERE, "error": "reserved_ip"}
 
 
 @pytest.mark.parametrize(
@@ -163,10 +192,8 @@ def test_reserved_ip(address: str) -> None:
     ],
 )
 def test_reserved_block_ends_where_iana_says(before: str, first: str, last: str, after: str) -> None:
-    assert (public_address(before), public_address(after)) == (before, after)
-    for address in (first, last):
-        with pytest.raises(ReservedIp):
-            public_address(address)
+    for address, public in ((before, True), (first, False), (last, False), (after, True)):
+        assert find_address(address) == (address, address, public)
 
 
 def test_not_found() -> None:
@@ -178,14 +205,14 @@ def fail(_address: str) -> Location:
 
 
 def test_lookup_failed() -> None:
-    output, result = make(fail)(b" 8.8.8.8 ")
+    output, result = make(fail)(b"unknown, 8.8.8.8:53 ")
     assert json.loads(output or b"") == {"ip": "8.8.8.8", **NOWHERE, "error": "lookup_failed"}
     assert result == "lookup_failed"
 
 
 def test_lookup_failed_stops_where_that_is_wanted() -> None:
     with pytest.raises(RunError, match=r"8\.8\.8\.8 was not looked up: no answer"):
-        make(fail, on_lookup_failed="stop")(b" 8.8.8.8 ")
+        make(fail, ON_LOOKUP_FAILED="stop")(b" 8.8.8.8 ")
 
 
 settings.register_profile("any machine", deadline=None)  # of time; a busy one takes longer now and then
@@ -223,24 +250,23 @@ def test_any_address_is_not_invalid(value: bytes) -> None:
         ("2002:808:808::1", "8.8.8.8"),
     ],
 )
-def test_public_address_in_the_form_in_which_sources_are_asked(text: str, asked: str) -> None:
-    assert public_address(text) == asked
+def test_the_form_in_which_sources_are_asked(text: str, asked: str) -> None:
+    assert find_address(text) == (text, asked, True)
 
 
 @given(address=st.ip_addresses(v=4))
 def test_private_networks_are_reserved_whatever_python_runs(address: ipaddress.IPv4Address) -> None:
     private = address.is_loopback or address.is_multicast or address.is_link_local or address.is_reserved
-    try:
-        assert public_address(str(address)) == str(address)
-        assert not private
-    except ReservedIp:
-        assert private or not address.is_global or str(address).startswith("192.0.0.")
+    stood, asked, public = find_address(str(address))
+    assert stood == asked == str(address)
+    assert not (public and private)
+    assert public or private or not address.is_global or str(address).startswith("192.0.0.")
 
 
 @pytest.mark.parametrize(("value", "result"), [(None, "tombstone"), (b"", "invalid_ip"), (b"186.58.0.1", "located")])
 def test_record_goes_on_beside_its_answer(value: bytes | None, result: str) -> None:
     record = Message(topic="t", partition=0, offset=1, key=b"k", value=value, headers=[("h", b"1")], timestamp=(1, 2))
-    passed, answer = Locations(LOCATE, 100, "stop").get_location(record)
+    passed, answer = Locations(LOCATE, read_settings({})).get_location(record)
     assert passed is record
     assert answer[1] == result
     assert (answer[0] is None) == (value is None)
@@ -253,7 +279,7 @@ PARTLY_RESERVED = [ipaddress.IPv6Network(text) for text in ("2001::/23", "2001:d
 @given(address=st.ip_addresses(network=PUBLIC))
 def test_other_ipv6_addresses_are_public_and_in_python_s_form(address: ipaddress.IPv6Address) -> None:
     assume(not any(address in network for network in PARTLY_RESERVED))
-    assert public_address(address.exploded.upper()) == str(address)
+    assert find_address(address.exploded.upper()) == (address.exploded.upper(), str(address), True)
 
 
 @given(
@@ -267,11 +293,11 @@ def test_what_is_an_address_is_what_python_takes_for_one(text: str) -> None:
     try:
         ipaddress.ip_address(text)
     except ValueError:
-        with pytest.raises(InvalidIp):
-            public_address(text)
+        if not re.fullmatch(r"[0-9.]+:[0-9]{1,5}", text):  # with a port
+            with pytest.raises(NotLocated, match="invalid_ip"):
+                find_address(text)
     else:
-        with suppress(ReservedIp):
-            public_address(text)
+        assert find_address(text)[0] == text
 
 
 class Counting:
@@ -286,7 +312,7 @@ class Counting:
         if self.fails:
             raise LookupFailed
         if text == "9.9.9.9":
-            raise InvalidIp
+            raise NotLocated("not_found")
         return Location(city=None, region=None, country_name=text)
 
 
@@ -310,7 +336,7 @@ def test_failed_lookups_are_not_remembered() -> None:
 
 def test_least_recently_used_answer_goes_first() -> None:
     source = Counting()
-    answer = make(source.locate, cache_size=2)
+    answer = make(source.locate, CACHE_SIZE="2")
     for value in (b"1.1.1.1", b"2.2.2.2", b"1.1.1.1", b"3.3.3.3", b"1.1.1.1", b"2.2.2.2"):
         answer(value)
     assert source.asked == ["1.1.1.1", "2.2.2.2", "3.3.3.3", "2.2.2.2"]
@@ -324,10 +350,10 @@ def test_longest_address_is_remembered() -> None:
     assert source.asked == ["2001:4860:4860::808:808"]
 
 
-@pytest.mark.parametrize(("cache_size", "value"), [(0, b"1.1.1.1"), (100, b" " * 1000 + b"1.1.1.1")])
-def test_not_remembered_without_a_cache_or_with_a_large_value(cache_size: int, value: bytes) -> None:
+@pytest.mark.parametrize(("cache_size", "value"), [("0", b"1.1.1.1"), ("100", b" " * 1000 + b"1.1.1.1")])
+def test_not_remembered_without_a_cache_or_with_a_large_value(cache_size: str, value: bytes) -> None:
     source = Counting()
-    answer = make(source.locate, cache_size)
+    answer = make(source.locate, CACHE_SIZE=cache_size)
     answer(value)
     answer(value)
     assert source.asked == ["1.1.1.1", "1.1.1.1"]

@@ -58,10 +58,13 @@ BAD_VALUES = {
     ],
     "KAFKA_INPUT_TOPIC": ["", "two words", "..", "line\n"],
     "KAFKA_OUTPUT_TOPIC": ["", "x" * 250],
+    "KAFKA_ERROR_TOPIC": ["", "two words"],
     "KAFKA_GROUP_ID": ["", "two words", "x" * 201],
     "KAFKA_TAIL": ["", "yes", "2"],
     "DELIVERY_GUARANTEE": ["", "at_most_once"],
     "COMMIT_SECONDS": ["", "0", "0.01", "61", "1s", "nan", "inf"],
+    "IP_FIELD": ["", " ", ".", "a.", ".a", "a..b", "a,", ",a", "a,.b", "/a~2", "/a/~", 'a"b', "a\\b", "a\n"],
+    "LOCATION_FIELD": ["", " ", "a,", ",a", "a, ,b", 'a"b', "a\tb"],
     "GEOIP_DATABASE": [""],
     "IPAPI_URL": [
         "",
@@ -131,6 +134,28 @@ def test_value_that_is_no_utf_8_is_named(name: str) -> None:
 def test_one_topic_for_both_ends() -> None:
     with pytest.raises(SettingsError, match="KAFKA_OUTPUT_TOPIC='a' is the input topic too"):
         read_settings({"KAFKA_INPUT_TOPIC": "a", "KAFKA_OUTPUT_TOPIC": "a"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        (
+            {"KAFKA_ERROR_TOPIC": "a", "KAFKA_INPUT_TOPIC": "a"},
+            "KAFKA_ERROR_TOPIC='a' is the input or the output topic",
+        ),
+        ({"KAFKA_ERROR_TOPIC": "a", "KAFKA_OUTPUT_TOPIC": "a"}, "KAFKA_ERROR_TOPIC='a' is the input or the output"),
+        ({"LOCATION_FIELD": "geo"}, "LOCATION_FIELD='geo' is of no use without IP_FIELD"),
+        ({"IP_FIELD": "a,b"}, "IP_FIELD='a,b' needs as many names in LOCATION_FIELD='location'"),
+        ({"IP_FIELD": "a", "LOCATION_FIELD": "b,c"}, "IP_FIELD='a' needs as many names in LOCATION_FIELD='b,c'"),
+        ({"IP_FIELD": "a,b", "LOCATION_FIELD": "c, c"}, "LOCATION_FIELD='c, c' has a name twice"),
+        ({"IP_FIELD": "location.ip"}, "LOCATION_FIELD='location' is what IP_FIELD='location.ip' reads"),
+        ({"IP_FIELD": "/location"}, "LOCATION_FIELD='location' is what IP_FIELD='/location' reads"),
+        ({"METRICS_PORT": "65535", "PROCESSES": "2"}, "METRICS_PORT=65535 is too high for 2 processes"),
+    ],
+)
+def test_settings_that_do_not_go_together(environment: dict[str, str], line: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{line}"):
+        read_settings(environment)
 
 
 def test_each_wrong_setting_has_a_line() -> None:
