@@ -30,14 +30,17 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -50,7 +53,7 @@ from email.utils import parsedate_to_datetime
 from logging.handlers import BufferingHandler
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypedDict, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar, get_type_hints
 
 import bytewax.operators as op
 import maxminddb
@@ -210,6 +213,8 @@ class Worker:
         self.name = f"{process}-{number}"  # in logs and of transactions
         self.under_way = 0  # records that were read and that the output has not taken
         self.produced: dict[int, int] = {}  # by partition: the offset after the last record that was produced
+        self.unread: dict[int, int] = {}  # by partition: the first record that waits for the source of locations
+        self.waits_for_source = False
         self.committed: dict[int, int] = {}
         self.broken: str | None = None  # why everything since the last commit has to be done again
         self.refused: RunError | None = None
@@ -356,6 +361,19 @@ class Worker:
             self.batch_refused = self.batch_refused or error.code() in REFUSALS
             self.broken = self.broken or error.str()
 
+    def set_aside(self, items: list[Enriched]) -> list[Enriched]:
+        """Leave out of a batch what begins with a look-up that failed, to be read again; say so once."""
+        answered = list(itertools.takewhile(lambda item: item[1][1] != WAITS, items))
+        for record, (why, _) in items[len(answered) :]:
+            self.unread.setdefault(record.partition() or 0, record.offset() or 0)
+            if not self.waits_for_source:
+                self.waits_for_source = True
+                log.warning("worker %s waits for the source of locations: %s", self.name, (why or b"").decode())
+        if answered and self.waits_for_source and not self.unread:
+            self.waits_for_source = False
+            log.info("worker %s: the source of locations answers again", self.name)
+        return answered
+
     def assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Say which partitions have come to this worker."""
         self.rebalances += 1
@@ -501,7 +519,7 @@ class KafkaInput(StatelessSourcePartition[Message]):
         # Of a member that waits for a rebalance, brokers answer no question before that ends; of who only asks they do.
         self._asks = self._consumer if tail else Consumer(asking_properties(settings, brokers), logger=LIBRDKAFKA_LOG)
         self._remaining = None if tail else remaining(self._asks, topic)
-        self._ask_at = self._commit_at = 0.0
+        self._ask_at = self._commit_at = self._resume_at = 0.0
         if self._remaining == {}:
             log.info(
                 "nothing new for KAFKA_GROUP_ID=%s; another one, or one that is reset, does all again", settings.group
@@ -514,6 +532,8 @@ class KafkaInput(StatelessSourcePartition[Message]):
         worker = self._worker
         if worker.under_way:
             return []
+        if worker.unread:
+            self._read_again()
         for partition, end in self._ends.items():
             worker.produced[partition] = max(end, worker.produced.get(partition, 0))
         self._ends.clear()
@@ -530,6 +550,9 @@ class KafkaInput(StatelessSourcePartition[Message]):
         if now >= self._ask_at:
             self._ask_at = now + ASK_SECONDS
             self._ask()
+        if self._resume_at and now >= self._resume_at:
+            self._consumer.resume(self._consumer.assignment())
+            self._resume_at = 0.0
         rebalances = worker.rebalances
         messages = self._consumer.consume(self._batch_size, 0)
         if not messages:
@@ -564,6 +587,17 @@ class KafkaInput(StatelessSourcePartition[Message]):
         else:
             log.info("worker %s: %s", self._worker.name, error.str())
         return False
+
+    def _read_again(self) -> None:
+        """Go back to the records that wait for the source of locations; meanwhile only the group gets its turn."""
+        topic, unread = self._worker.settings.kafka_input_topic, self._worker.unread
+        for partition, offset in unread.items():
+            self._ends.pop(partition, None)
+            with suppress(KafkaException):  # it has gone to another member, who reads it
+                self._consumer.seek(TopicPartition(topic, partition, offset))
+        unread.clear()
+        self._consumer.pause(self._consumer.assignment())
+        self._resume_at = time.monotonic() + RETRY_SECONDS
 
     def _do_again(self) -> list[Message]:
         """Try to get the worker whole again; what the consumer returns meanwhile is read again after that."""
@@ -663,6 +697,8 @@ class KafkaOutput(StatelessSinkPartition[Enriched]):
         producer, produced, pending = worker.producer, worker.produced, worker.pending
         report = functools.partial(worker.undelivered, producer)
         worker.under_way -= len(items)
+        if worker.settings.on_lookup_failed == "wait":
+            items = worker.set_aside(items)
         topic = self._topic
         try:
             for record, (value, result) in items:
@@ -776,6 +812,7 @@ Text = Annotated[str, Meta(pattern=r"^[!-~]+\Z", description="visible characters
 NOT = r"\"\\\x00-\x1f\ud800-\udfff,"  # in names of members; msgspec has none with quotes, backslashes or controls
 MEMBER = rf"\s*[^{NOT}\s][^{NOT}]*"
 PATH = rf"\s*(/([^{NOT}~]|~[01])*|[^{NOT}./\s][^{NOT}.]*(\.[^{NOT}.]+)*)"
+FIELD = rf"\s*([a-z_]+|[A-Za-z0-9_]+={PATH})\s*"
 Workers = Annotated[int, Meta(ge=1, le=64, description="a whole number from 1 to 64")]
 
 
@@ -798,7 +835,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="upper"):
     location_field: Annotated[
         str, Meta(pattern=rf"^{MEMBER}(,{MEMBER})*\Z", description="the name of a member, or several")
     ] = "location"
-    geoip_database: Annotated[str, Meta(min_length=1, description="the path of an .mmdb file")] = ""
+    fields: Annotated[
+        str, Meta(pattern=rf"^{FIELD}(,{FIELD})*\Z", description="names of fields, or name=path, comma separated")
+    ] = "city,region,country_name"
+    geoip_database: Annotated[
+        str, Meta(pattern=r"^[^,]+(,[^,]+)*\Z", description="the path of an .mmdb file, or several, comma separated")
+    ] = ""
+    geoip_language: Annotated[
+        str, Meta(pattern=r"^[a-z]{2}(-[A-Z]{2})?\Z", description="a language, as en or pt-BR")
+    ] = "en"
     ipapi_url: Annotated[
         str,
         Meta(
@@ -807,7 +852,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="upper"):
         ),
     ] = "https://ipapi.co"
     ipapi_key: Text = ""
-    on_lookup_failed: Annotated[Literal["mark", "stop"], Meta(description="mark or stop")] = "mark"
+    on_lookup_failed: Annotated[Literal["mark", "stop", "wait"], Meta(description="mark, stop or wait")] = "mark"
     cache_size: Annotated[int, Meta(ge=0, le=10_000_000, description="a whole number from 0 to 10000000")] = 100_000
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"], Meta(description="DEBUG, INFO, WARNING or ERROR")
@@ -948,7 +993,19 @@ def contradictions(settings: Settings) -> list[str]:
     paths, members = split_names(settings.ip_field), split_names(settings.location_field)
     ip_field, location_field = f"IP_FIELD={settings.ip_field!r}", f"LOCATION_FIELD={settings.location_field!r}"
     topics, error_topic = (settings.kafka_input_topic, settings.kafka_output_topic), settings.kafka_error_topic
+    fields = [field.partition("=")[::2] for field in split_names(settings.fields)]
+    titles, unknown = (
+        [title for title, _ in fields],
+        [title for title, path in fields if not path and title not in FIELDS],
+    )
     rules = (
+        (unknown, f"FIELDS={settings.fields!r}: {', '.join(unknown)} is none of {', '.join(FIELDS)}, nor name=path"),
+        (len(set(titles)) < len(titles), f"FIELDS={settings.fields!r} has a name twice"),
+        ({"ip", "error"} & set(titles), f"FIELDS={settings.fields!r}: ip and error are names of the output's own"),
+        (
+            settings.geoip_language != "en" and not settings.geoip_database,
+            f"GEOIP_LANGUAGE={settings.geoip_language!r} is of no use without GEOIP_DATABASE",
+        ),
         (topics[0] == topics[1], f"KAFKA_OUTPUT_TOPIC={topics[1]!r} is the input topic too"),
         (error_topic in topics, f"KAFKA_ERROR_TOPIC={error_topic!r} is the input or the output topic too"),
         (len(set(members)) < len(members), f"{location_field} has a name twice"),
@@ -999,6 +1056,11 @@ class NotLocated(Exception):
 
 class LookupFailed(Exception):
     """The source did not answer; it may the next time, so that this is never remembered."""
+
+    def __init__(self, why: str, pause: float = 0) -> None:
+        """Say why, and for how many seconds the source wants to be left alone."""
+        super().__init__(why)
+        self.pause = pause
 
 
 # IANA's special-purpose registries (iana-ipv4-special-registry, iana-ipv6-special-registry) as of April 2025: blocks
@@ -1093,95 +1155,315 @@ def is_public(packed: bytes) -> bool:
     return block < 0 or number > lasts[block]
 
 
-# --- Locations: where they come from ----------------------------------------------------------------------------
+# --- Locations: their fields, wherever a source has them --------------------------------------------------------
+
+Location = dict[str, object]  # by field; None where the source does not know
+Locate = Callable[[str, bool], Location]  # of an address as sources are asked, and whether it is public; raises
+# NotLocated and LookupFailed
+Read = Callable[[object], object]  # takes what stands in a record, and returns None where it says nothing
 
 
-class Location(TypedDict):
-    """Where an address is, in English; None where the source does not know."""
-
-    city: str | None
-    region: str | None
-    country_name: str | None
+def as_text(value: object) -> str | None:
+    """Read a text; placeholders say nothing."""
+    found = value.strip() if isinstance(value, str) else ""
+    return found if found not in ("", "-", "ZZ") else None
 
 
-Locate = Callable[[str], Location]  # of an address as sources are asked; raises NotLocated, LookupFailed
+def as_name(value: object) -> str | None:
+    """Read a name where there may be the code of a country."""
+    found = as_text(value)
+    return found if found and not re.fullmatch("[A-Z]{2}", found) else None
 
 
-def name_in(field: object) -> str | None:
-    """Read a name as MaxMind nests it, {"names": {"en": name}}, or as it stands in flat records."""
-    if isinstance(field, dict):
-        names = field.get("names")
-        field = names.get("en") if isinstance(names, dict) else None
-    return field.strip() or None if isinstance(field, str) else None
+def as_code(value: object) -> str | None:
+    """Read the code of a country or a continent where there may be a name."""
+    found = as_text(value)
+    return found if found and re.fullmatch("[A-Z]{2}", found) else None
 
 
-def location_in(record: object) -> Location:
-    """Read a location out of a City database's record or the HTTP API's reply, whatever they call it.
+def as_region_code(value: object) -> str | None:
+    """Read the code of a region where there may be a name."""
+    found = as_text(value)
+    return found if found and re.fullmatch("[A-Z0-9]{1,3}", found) else None
+
+
+def as_number(value: object) -> float | None:
+    """Read a number, which some databases have as text."""
+    try:
+        found = float(value) if isinstance(value, (str, float, int)) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        return None
+    return found if math.isfinite(found) else None
+
+
+def as_asn(value: object) -> str | None:
+    """Read the number of an autonomous system, as AS13335."""
+    match = re.fullmatch("(?:AS)?([1-9][0-9]*)", str(value))
+    return f"AS{match[1]}" if match else None
+
+
+def as_flag(value: object) -> bool | None:
+    """Read a boolean."""
+    return value if isinstance(value, bool) else None
+
+
+def in_eu(country: object) -> bool | None:
+    """Read whether a country of MaxMind's schema is in the European Union: only those that are say so."""
+    return bool(country.get("is_in_european_union")) if isinstance(country, dict) else None
+
+
+def anything(value: object) -> object:
+    """Read a value of whatever type, as long as JSON has it."""
+    large = isinstance(value, int) and not -(2**63) <= value < 2**64
+    return as_text(str(value)) if isinstance(value, str) or large else value
+
+
+# What a location can hold, in ipapi.co's words: how it is read, and from where, MaxMind's schema before flat ones
+# (DB-IP, IPinfo, ip-location-db, ipapi.co). In a path * is the language.
+FIELDS: dict[str, tuple[tuple[Read, str], ...]] = {
+    "city": ((as_text, "city.names.* city"),),
+    "region": ((as_text, "subdivisions.0.names.* region_name region state1"),),
+    "region_code": ((as_text, "subdivisions.0.iso_code region_code"), (as_region_code, "region")),
+    "country_name": (
+        (as_name, "country.names.* country_name country registered_country.names.*"),
+        (as_text, "country.iso_code country_code country registered_country.iso_code"),
+    ),
+    "country_code": ((as_code, "country.iso_code country_code country registered_country.iso_code"),),
+    "continent_code": ((as_code, "continent.code continent_code continent"),),
+    "postal": ((as_text, "postal.code postal postal_code postcode"),),
+    "latitude": ((as_number, "location.latitude latitude lat"),),
+    "longitude": ((as_number, "location.longitude longitude lng lon"),),
+    "timezone": ((as_text, "location.time_zone timezone time_zone"),),
+    "in_eu": ((as_flag, "in_eu"), (in_eu, "country registered_country")),
+    "asn": ((as_asn, "autonomous_system_number traits.autonomous_system_number asn"),),
+    "org": ((as_text, "autonomous_system_organization traits.autonomous_system_organization org as_name name"),),
+    "network": ((as_text, "network"),),
+}
+
+
+def location_reader(fields: str, language: str) -> Callable[[object], Location]:
+    """Make a function that reads the fields of a location out of a record, in whichever schema it is.
 
     Args:
-        record: MaxMind's schema (GeoLite2-City, GeoIP2-City, DB-IP City), a flat one (IPinfo, ip-location-db) or
-            what ipapi.co replies.
+        fields: names of FIELDS, or name=path for what these do not have, comma separated.
+        language: of names; where one is missing in it English counts, or else any.
 
     Returns:
-        the location.
-
-    Raises:
-        NotLocated: the record names no city, region or country.
+        the function.
     """
-    if not isinstance(record, dict):
-        raise NotLocated("not_found")
-    read = record.get
-    subdivisions = read("subdivisions")
-    nested = subdivisions[0] if isinstance(subdivisions, list) and subdivisions else None
-    city = name_in(read("city"))
-    region = name_in(nested or read("region") or read("state1"))
-    country_name = name_in(read("country_name") or read("country") or read("country_code"))
-    if not (city or region or country_name):
-        raise NotLocated("not_found")
-    return {"city": city, "region": region, "country_name": country_name}
+    places: dict[str, list[tuple[Read, list[str]]]] = {}
+    for field in split_names(fields):
+        title, _, path = field.partition("=")
+        places[title] = (
+            [(anything, path_of(path.strip()))]
+            if path
+            else [(read, path.split(".")) for read, paths in FIELDS[title] for path in paths.split()]
+        )
+    pair = [title for title in ("latitude", "longitude") if title in places]
+
+    def read_location(record: object) -> Location:
+        location: Location = {}
+        for title, its in places.items():
+            location[title] = None
+            for read, path in its:
+                value = read(value_at(record, path, language))
+                if value is not None:
+                    location[title] = value
+                    break
+        if any(location[title] is None for title in pair):  # half a place is none
+            location.update(dict.fromkeys(pair))
+        return location
+
+    return read_location
+
+
+def value_at(record: object, path: list[str], language: str) -> object:
+    """Follow a path through a record; None where it leads nowhere."""
+    found = record
+    for key in path:
+        if isinstance(found, dict):
+            names = found
+            found = names.get(key)
+            if key == "*":
+                found = names.get(language) or names.get("en") or next(iter(names.values()), None)
+        elif isinstance(found, list) and PLACE.fullmatch(key) and int(key) < len(found):
+            found = found[int(key)]
+        else:
+            return None
+    return found
+
+
+# --- Locations in databases -------------------------------------------------------------------------------------
+
+LOOK_SECONDS = 2.0  # between two looks at the files; one that is the same at both is not being written
+SAMPLE = 100_000  # networks of a database that are searched for a field before it is refused
+MISTAKEN = {  # how files begin that are taken for databases, and what they are
+    b"\x1f\x8b": "is compressed: gunzip it",
+    b"PK\x03\x04": "is a zip archive: unpack it",
+    b"version https://git-lfs": "is a Git LFS pointer: git lfs pull",
+}
+
+
+class DatabaseError(Exception):
+    """A file is no database that can be used; the message says why."""
 
 
 class Database(NamedTuple):
-    """A City database that is open."""
+    """A database that is open."""
 
-    locate: Locate
-    built: float  # s since 1970
+    find: Callable[[str], Location | None]  # None for an address that it does not have
+    path: str
+    mark: tuple[int, ...]  # what tells the file from another one in its place
+    built: datetime
 
 
-def open_database(path: str) -> Database:
-    """Open a City database and see that it holds cities, before the first record needs it.
+def mark_of(path: str) -> tuple[int, ...]:
+    """Tell a file from any other that was or will be in its place; empty where there is none."""
+    with suppress(OSError):
+        found = os.stat(path)
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return ()
+
+
+def open_database(path: str, read_location: Callable[[object], Location], with_network: bool) -> Database:
+    """Open a database, and see that it holds what is wanted, before the first record needs it.
 
     Args:
-        path: an .mmdb file; it is mapped into memory, so processes on one machine share it.
+        path: an .mmdb file; it is copied into memory, as a mapping of a file that is overwritten kills the process.
+        read_location: reads the fields that are wanted.
+        with_network: whether the network is one of them.
 
     Returns:
         the database.
 
     Raises:
-        SettingsError: there is no such file, or it is no database, or has no cities.
+        DatabaseError: it cannot be used.
     """
-    if not os.path.isfile(path):
-        raise SettingsError(f"GEOIP_DATABASE={path!r}: there is no such file")
+    mark = mark_of(path)
     try:
-        reader = maxminddb.open_database(path, maxminddb.MODE_MMAP_EXT)
-        records = [record for _, record in itertools.islice(reader, 10_000)]
+        if not os.path.isfile(path):
+            raise OSError
+        reader = open_copy(path)
         metadata = reader.metadata()
         built = datetime.fromtimestamp(metadata.build_epoch, timezone.utc)
+        first = (record for _, record in itertools.islice(reader, SAMPLE))
+        sample = itertools.chain(
+            first, map(reader.get, map(ipaddress.IPv4Address, range(0, 1 << 32, (1 << 32) // SAMPLE)))
+        )
+        known = any(value is not None for record in sample for value in read_location(record).values())
     except (OSError, ValueError, OverflowError, maxminddb.InvalidDatabaseError) as error:
-        raise SettingsError(f"GEOIP_DATABASE={path!r} cannot be read as a MaxMind database: {error}") from None
-    if not any(isinstance(record, dict) and name_in(record.get("city")) for record in records):
-        raise SettingsError(f"GEOIP_DATABASE={path!r} holds no cities: it has to be a City database")
+        raise DatabaseError(f"{path} {why_no_database(path, error)}") from None
+    if mark_of(path) != mark:
+        raise DatabaseError(f"{path} is being written")
+    if not known:
+        raise DatabaseError(f"{path}, {metadata.database_type}, has none of FIELDS")
     log.info("locating with %s, %s of %s", path, metadata.database_type, built.date())
 
-    def locate(address: str) -> Location:
+    def find(address: str) -> Location | None:
         if metadata.ip_version == 4 and ":" in address:
-            raise NotLocated("not_found")
+            return None
         try:
-            return location_in(reader.get(address))
+            record, length = reader.get_with_prefix_len(address)
         except (ValueError, maxminddb.InvalidDatabaseError):  # the file is damaged at this record
             raise LookupFailed(f"{path} is damaged at {address}") from None
+        if record is None:
+            return None
+        location = read_location(record)
+        if with_network:
+            location["network"] = str(ipaddress.ip_network(f"{address}/{length}", strict=False))
+        return location
 
-    return Database(locate, built.timestamp())
+    return Database(find, path, mark, built)
+
+
+def open_copy(path: str) -> maxminddb.Reader:
+    """Open a copy of a file that nobody else has, as quick as the file itself."""
+    with (
+        open(path, "rb") as file,
+        os.fdopen(os.memfd_create("mmdb"), "wb") if sys.platform == "linux" else tempfile.TemporaryFile() as copy,
+    ):
+        shutil.copyfileobj(file, copy, 1 << 20)
+        copy.flush()
+        return maxminddb.open_database(f"/dev/fd/{copy.fileno()}", maxminddb.MODE_MMAP_EXT)
+
+
+def why_no_database(path: str, error: Exception) -> str:
+    """Say what a file is, where people take it for a database."""
+    if not os.path.exists(path):
+        return "is not there"
+    if not os.path.isfile(path):
+        return "is no file: name the .mmdb file"
+    try:
+        start = Path(path).read_bytes()[:512]
+    except OSError as unreadable:
+        return f"cannot be read: {unreadable.strerror}"
+    if start[257:262] == b"ustar":
+        return "is a tar archive: unpack it"
+    return next((what for how, what in MISTAKEN.items() if start.startswith(how)), f"is no MaxMind database: {error}")
+
+
+class Databases:
+    """The databases that are in use, and the files that they came from."""
+
+    def __init__(self, settings: "Settings") -> None:
+        """Open all of GEOIP_DATABASE.
+
+        Raises:
+            SettingsError: one of them cannot be used.
+        """
+        read_location = location_reader(settings.fields, settings.geoip_language)
+        with_network = "network" in split_names(settings.fields)
+        self._open = functools.partial(open_database, read_location=read_location, with_network=with_network)
+        try:
+            self.in_use = [self._open(path) for path in split_names(settings.geoip_database)]
+        except DatabaseError as error:
+            raise SettingsError(f"GEOIP_DATABASE: {error}") from None
+        self.swaps = self.refusals = 0
+        self._seen = {database.path: database.mark for database in self.in_use}
+        self._refused: dict[str, tuple[int, ...]] = {}
+
+    def locate(self) -> Locate:
+        """Make a function that asks the databases that are in use now, each field from the first that knows it."""
+        asked = [database.find for database in self.in_use]
+
+        def locate(address: str, public: bool) -> Location:
+            location: Location = {}
+            for find in asked:
+                found = find(address)
+                if found is not None:
+                    location = {
+                        field: found[field] if location.get(field) is None else location[field] for field in found
+                    }
+                    if None not in location.values():
+                        break
+            if not any(value is not None for value in location.values()):
+                raise NotLocated("not_found" if public else "reserved_ip")
+            return location
+
+        return locate
+
+    def look(self) -> bool:
+        """Look at the files once, and open those that are others now; tell whether any is in use.
+
+        A file that cannot be used is refused with one warning, and the database that was in its place stays.
+        """
+        swapped = False
+        for number, database in enumerate(self.in_use):
+            path, mark = database.path, mark_of(database.path)
+            before, self._seen[path] = self._seen[path], mark
+            if mark == database.mark:
+                self._refused.pop(path, None)
+            if mark in (database.mark, self._refused.get(path)) or mark != before:
+                continue
+            try:
+                self.in_use[number] = self._open(path)
+                self.swaps += 1
+                swapped = True
+            except DatabaseError as error:
+                self._refused[path] = mark
+                self.refusals += 1
+                log.warning("%s; the one of %s stays in use", error, database.built.date())
+        return swapped
 
 
 # --- Locations over HTTP ----------------------------------------------------------------------------------------
@@ -1190,26 +1472,19 @@ LOOKUP_LIMIT = 4.0  # s for one address, retries included: a stop waits for it
 TRY_LIMIT = 1.5  # s without a byte
 LARGEST_REPLY = 65_536  # bytes; a location takes about 800
 FAILURES_IN_A_ROW = 5  # before the API is left alone
-PAUSE_SECONDS = 60.0
+PAUSE_SECONDS, LONGEST_PAUSE = 60.0, 86_400.0
+OF_EVERY_REPLY = {"city", "region", "country_name"}
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # its lines hold the URL, and that one the key
-LONGEST_PAUSE = 86_400.0  # s
-
-
-class Refused(LookupFailed):
-    """The API wants no more requests for a while: a rate limit, or a key it does not accept."""
-
-    def __init__(self, why: str, pause: float | None) -> None:
-        """Keep for how many seconds the API asked to be left alone, None where it did not say."""
-        super().__init__(why)
-        self.pause = pause
 
 
 class HttpApi:
     """The HTTP API of ipapi.co, asked for a bounded time and left alone when it asks for that."""
 
-    def __init__(self, url: str, key: str) -> None:
-        """Remember whom to ask, and with which key; an empty one is none."""
-        self._url, self._params = url.rstrip("/"), {"key": key} if key else {}
+    def __init__(self, settings: "Settings") -> None:
+        """Remember whom to ask, and for what."""
+        self._url = settings.ipapi_url.rstrip("/")
+        self._params = {"key": settings.ipapi_key} if settings.ipapi_key else {}
+        self._read = location_reader(settings.fields, settings.geoip_language)
         self._session = requests.Session()
         self._session.headers["User-Agent"] = f"kafka_enrich {requests.utils.default_user_agent()}"
         again = Retry(2, backoff_factor=0.1, status_forcelist=(500, 502, 503, 504), raise_on_status=False)
@@ -1219,23 +1494,14 @@ class HttpApi:
         self._failures = 0  # in a row
         self._paused_until = 0.0  # on the clock of time.monotonic
 
-    def locate(self, address: str) -> Location:
-        """Ask the API where an address is.
-
-        Args:
-            address: a public one.
-
-        Returns:
-            its location.
-
-        Raises:
-            NotLocated: what the API says of it.
-            LookupFailed: it says nothing, or is not asked.
-        """
+    def locate(self, address: str, public: bool) -> Location:
+        """Ask the API where an address is, as Locate has it."""
+        if not public:
+            raise NotLocated("reserved_ip")
         if time.monotonic() < self._paused_until:
             raise LookupFailed(f"{self._url} is left alone")
         try:
-            location = location_in_reply(*within(LOOKUP_LIMIT, self._ask, address))
+            location = self._read(fields_in(*within(LOOKUP_LIMIT, self._ask, address)))
         except (OSError, ValueError, urllib3.exceptions.HTTPError, LookupFailed) as error:  # requests' are OSErrors
             # Errors of requests are not shown as they are: they quote the URL, and it holds the key.
             failure = error if isinstance(error, LookupFailed) else LookupFailed(cause_of(error))
@@ -1245,6 +1511,8 @@ class HttpApi:
             self._failures = 0
             raise
         self._failures = 0
+        if not any(value is not None for value in location.values()):
+            raise NotLocated("not_found")
         return location
 
     def _ask(self, address: str) -> tuple[int, str | None, bytes]:
@@ -1256,16 +1524,12 @@ class HttpApi:
             return response.status_code, response.headers.get("Retry-After"), body[:LARGEST_REPLY]
 
     def _note(self, failure: LookupFailed) -> None:
-        """Count a failure, and pause where it was a refusal or one too many; only the first of a pause is logged."""
+        """Count a failure, and pause where the API wants that or has failed too often; a pause is logged once."""
         self._failures += 1
-        wanted = failure.pause if isinstance(failure, Refused) else None
-        if (wanted is None and self._failures < FAILURES_IN_A_ROW and not isinstance(failure, Refused)) or (
-            time.monotonic() < self._paused_until
-        ):
-            return
-        pause = PAUSE_SECONDS if wanted is None else min(max(wanted, 1.0), LONGEST_PAUSE)
-        self._paused_until = time.monotonic() + pause
-        log.warning("%s: %s; left alone for %d s, records say lookup_failed meanwhile", self._url, failure, pause)
+        pause = failure.pause or (PAUSE_SECONDS if self._failures >= FAILURES_IN_A_ROW else 0)
+        if pause and time.monotonic() >= self._paused_until:
+            self._paused_until = time.monotonic() + pause
+            log.warning("%s: %s; left alone for %.0f s", self._url, failure, pause)
 
 
 def cause_of(error: BaseException) -> str:
@@ -1274,15 +1538,12 @@ def cause_of(error: BaseException) -> str:
         return str(error)
     while error.__context__ is not None and not (isinstance(error, OSError) and error.errno):
         error = error.__context__
-    return (
-        error.strerror or os.strerror(error.errno)
-        if isinstance(error, OSError) and error.errno
-        else type(error).__name__
-    )
+    number = error.errno if isinstance(error, OSError) else None
+    return (error.strerror or os.strerror(number)) if isinstance(error, OSError) and number else type(error).__name__
 
 
-def location_in_reply(status: int, retry_after: str | None, body: bytes) -> Location:
-    """Read a reply, its error before its fields: the API sends errors with status 200 too.
+def fields_in(status: int, retry_after: str | None, body: bytes) -> dict[str, object]:
+    """Read the fields of a reply, its error before them: the API sends errors with status 200 too.
 
     Args:
         status: of HTTP.
@@ -1290,7 +1551,7 @@ def location_in_reply(status: int, retry_after: str | None, body: bytes) -> Loca
         body: of any kind; it may come from a proxy in front of the API.
 
     Returns:
-        the location.
+        the fields.
 
     Raises:
         NotLocated: what the reply says.
@@ -1302,26 +1563,27 @@ def location_in_reply(status: int, retry_after: str | None, body: bytes) -> Loca
         fields = None
     if not isinstance(fields, dict):
         fields = {}
-    if status == 200 and not fields.get("error") and fields.keys() >= Location.__required_keys__:
-        return location_in(fields)
+    if status == 200 and not fields.get("error") and fields.keys() >= OF_EVERY_REPLY:
+        return fields
     reason = str(fields.get("reason")).casefold()
-    if reason == "reserved ip address":
-        raise NotLocated("reserved_ip")
-    if reason == "invalid ip address":
-        raise NotLocated("invalid_ip")
+    if reason in ("reserved ip address", "invalid ip address"):
+        raise NotLocated("reserved_ip" if reason.startswith("reserved") else "invalid_ip")
     if status == 404 and "reason" in fields:  # any other page that is not there speaks of a wrong IPAPI_URL
         raise NotLocated("not_found")
     if status in (401, 403, 429) or reason == "ratelimited":
-        raise Refused("rate limited" if reason == "ratelimited" else f"HTTP {status}", seconds_in(retry_after))
+        waits = (seconds_in(retry_after), seconds_in(str(fields.get("wait"))), PAUSE_SECONDS)
+        wanted = next(wait for wait in waits if wait is not None)
+        why = "rate limited" if reason == "ratelimited" else f"HTTP {status}"
+        raise LookupFailed(why, min(max(wanted, 1.0), LONGEST_PAUSE))
     raise LookupFailed(f"HTTP {status} without a location")
 
 
-def seconds_in(retry_after: str | None) -> float | None:
-    """Read a Retry-After header, seconds or a date (RFC 9110, 10.2.3); None where it says nothing usable."""
+def seconds_in(wait: str | None) -> float | None:
+    """Read how long to wait, in seconds or until a date (RFC 9110, 10.2.3); None where it says nothing usable."""
     try:
-        if retry_after is None or re.fullmatch(r"\s*[0-9]{1,9}\s*", retry_after):
-            return float(retry_after) if retry_after else None
-        return (parsedate_to_datetime(retry_after) - datetime.now(timezone.utc)).total_seconds()
+        if wait is None or re.fullmatch(r"\s*[0-9]{1,9}(\.[0-9]+)?\s*", wait):
+            return float(wait) if wait else None
+        return (parsedate_to_datetime(wait) - datetime.now(timezone.utc)).total_seconds()
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -1337,7 +1599,8 @@ UNCHANGED = {  # events that pass as they are: the first of each kind is told, f
     "field_exists": "LOCATION_FIELD is there already",
 }
 TOMBSTONE: Answer = (None, "tombstone")
-NOWHERE = Location(city=None, region=None, country_name=None)
+WAITS = "waits"  # what is no result: the record is read again when the source of locations answers
+Remembered: TypeAlias = "functools._lru_cache_wrapper[tuple[bytes, str]]"
 LONGEST_ADDRESS = 64  # characters: 45 of an IPv6 address at most, and the name of a zone
 
 
@@ -1346,16 +1609,28 @@ class Locations:
 
     def __init__(self, locate: Locate, settings: "Settings") -> None:
         """Choose where to look, and what records are: addresses, or events that hold some."""
-        self._locate, self._stop = locate, settings.on_lookup_failed == "stop"
+        self._on_failure = settings.on_lookup_failed
+        self._nowhere: Location = dict.fromkeys(field.partition("=")[0] for field in split_names(settings.fields))
         self._told = set[str]()
-        self.remembered = functools.lru_cache(settings.cache_size)(self._look_up)
-        self._answer: Callable[[bytes], Answer] = self._find
+        self._answer: Callable[[bytes, Remembered], Answer] = self._find
         self._write: Callable[[str, Location, str | None], bytes] = to_json
         if settings.ip_field:
             self._answer, self._write = self._answer_event, to_member
             names = split_names(settings.location_field)
             self._read = event_reader([path_of(field) for field in split_names(settings.ip_field)], names)
             self._names = [b"," + msgspec.json.encode(name) + b":" for name in names]
+        self._cache_size, self._hits = settings.cache_size, 0
+        self.use(locate)
+
+    def use(self, locate: Locate) -> None:
+        """Look there from the next record on, and forget what was remembered of another source."""
+        if hasattr(self, "remembered"):
+            self._hits = self.hits()
+        self.remembered = functools.lru_cache(self._cache_size)(functools.partial(self._look_up, locate))
+
+    def hits(self) -> int:
+        """Count the answers that came from the cache."""
+        return self._hits + self.remembered.cache_info().hits
 
     def get_location(self, record: Message) -> Enriched:
         """Find where the address of a record is.
@@ -1374,12 +1649,15 @@ class Locations:
         value = record.value()
         if value is None:
             return record, TOMBSTONE
-        answer = self._answer(value)
+        try:
+            answer = self._answer(value, self.remembered)
+        except LookupFailed as failure:  # only where ON_LOOKUP_FAILED is wait
+            return record, (str(failure).encode(), WAITS)
         if answer[1] in UNCHANGED and answer[1] not in self._told:
             self._tell(record, answer[1])
         return record, answer
 
-    def _answer_event(self, event: bytes) -> Answer:
+    def _answer_event(self, event: bytes, remembered: "Remembered") -> Answer:
         """Answer an event with its own bytes, and a member for each of its addresses before the last brace."""
         texts = self._read(event)
         if isinstance(texts, str):
@@ -1388,7 +1666,7 @@ class Locations:
         results = []
         for name, text in zip(self._names, texts, strict=True):
             if text:
-                member, result = self._find(text)
+                member, result = self._find(text, remembered)
                 members += name, member
                 results.append(result)
         if not results:
@@ -1397,19 +1675,25 @@ class Locations:
         enriched = b"".join((event[:brace], *members, event[brace:]))
         return enriched, "located" if "located" in results else results[0]
 
-    def _find(self, address: bytes | str) -> tuple[bytes, str]:
-        """Find what goes out for an address, if it can be one from what is remembered; failures are not."""
+    def _find(self, address: bytes | str, remembered: "Remembered") -> tuple[bytes, str]:
+        """Find what goes out for an address, if it can be one from what is remembered; failures are not.
+
+        Raises:
+            LookupFailed: there is no answer now, and it is to be waited for.
+        """
         try:
-            return self.remembered(address) if len(address) <= LONGEST_ADDRESS else self._look_up(address)
+            return remembered(address) if len(address) <= LONGEST_ADDRESS else remembered.__wrapped__(address)
         except LookupFailed as failure:
             ip, _, _ = find_address(text_of(address))
-            if self._stop:
+            if self._on_failure == "wait":
+                raise
+            if self._on_failure == "stop":
                 raise RunError(
                     f"{ip} was not looked up: {failure}; a new start tries again (ON_LOOKUP_FAILED=stop)"
                 ) from None
-            return self._write(ip, NOWHERE, "lookup_failed"), "lookup_failed"
+            return self._write(ip, self._nowhere, "lookup_failed"), "lookup_failed"
 
-    def _look_up(self, address: bytes | str) -> tuple[bytes, str]:
+    def _look_up(self, locate: Locate, address: bytes | str) -> tuple[bytes, str]:
         """Find the final answer to an address.
 
         Raises:
@@ -1418,11 +1702,9 @@ class Locations:
         ip = text_of(address)
         try:
             ip, asked, public = find_address(ip)
-            if not public:
-                raise NotLocated("reserved_ip")
-            return self._write(ip, self._locate(asked), None), "located"
+            return self._write(ip, locate(asked, public), None), "located"
         except NotLocated as reason:
-            return self._write(ip, NOWHERE, reason.result), reason.result
+            return self._write(ip, self._nowhere, reason.result), reason.result
 
     def _tell(self, record: Message, result: str) -> None:
         """Warn of the first record of its kind, after which there may be thousands."""
@@ -1555,8 +1837,7 @@ def summary(workers: list[Worker], locations: Locations) -> str:
     """Say what became of the records that are committed."""
     counts = sum((worker.counts for worker in workers), Counter[str]())
     results = ", ".join(f"{counts[result]} {result}" for result in RESULTS if counts[result])
-    hits = locations.remembered.cache_info().hits
-    return f"{counts.total()} records{': ' if results else ''}{results}; {hits} from the cache"
+    return f"{counts.total()} records{': ' if results else ''}{results}; {locations.hits()} from the cache"
 
 
 def report(workers: list[Worker], locations: Locations) -> NoReturn:
@@ -1572,9 +1853,9 @@ def report(workers: list[Worker], locations: Locations) -> NoReturn:
 class Metrics(Collector):
     """What Prometheus reads, taken from the workers when it asks."""
 
-    def __init__(self, workers: list[Worker], locations: Locations, built: float | None) -> None:
-        """Look at these; built is when the database was, in seconds since 1970."""
-        self._workers, self._locations, self._built = workers, locations, built
+    def __init__(self, workers: list[Worker], locations: Locations, databases: Databases | None) -> None:
+        """Look at these."""
+        self._workers, self._locations, self._databases = workers, locations, databases
 
     def collect(self) -> Iterator[Metric]:
         """Take the numbers of this moment."""
@@ -1585,25 +1866,36 @@ class Metrics(Collector):
         for result in RESULTS:
             records.add_metric([result], counts[result])
         yield records
-        cache, now = self._locations.remembered.cache_info(), time.monotonic()
+        now = time.monotonic()
         for name, text, count in (
-            ("cache_hits", "Records answered from the cache.", cache.hits),
+            ("cache_hits", "Addresses answered from the cache.", self._locations.hits()),
             ("commits", "Commits of offsets.", sum(worker.commits for worker in self._workers)),
             ("rebalances", "Times that partitions came or went.", sum(worker.rebalances for worker in self._workers)),
         ):
             yield CounterMetricFamily(f"kafka_enrich_{name}", text, count)
         newest = max(worker.last_record for worker in self._workers)
         committed = max(worker.last_commit for worker in self._workers)
-        yield GaugeMetricFamily("kafka_enrich_cache_entries", "Answers in the cache.", cache.currsize)
+        entries = self._locations.remembered.cache_info().currsize
+        yield GaugeMetricFamily("kafka_enrich_cache_entries", "Answers in the cache.", entries)
         yield GaugeMetricFamily("kafka_enrich_seconds_since_last_record", "Or since the start.", now - newest)
         yield GaugeMetricFamily("kafka_enrich_seconds_since_last_commit", "Or since the start.", now - committed)
-        if self._built is not None:
-            yield GaugeMetricFamily("kafka_enrich_database_build_timestamp_seconds", "When it was built.", self._built)
+        if self._databases:
+            built = GaugeMetricFamily(
+                "kafka_enrich_database_build_timestamp_seconds", "When it was built.", labels=["path"]
+            )
+            for database in self._databases.in_use:
+                built.add_metric([database.path], database.built.timestamp())
+            yield built
+            looked = CounterMetricFamily("kafka_enrich_database_swaps", "New files, used or refused.", labels=["what"])
+            looked.add_metric(["used"], self._databases.swaps)
+            looked.add_metric(["refused"], self._databases.refusals)
+            yield looked
         build = {"python": platform.python_version(), "script": SCRIPT_SHA256}
         versions = {name.replace("-", "_"): importlib.metadata.version(name) for name in ("bytewax", "confluent-kafka")}
         yield InfoMetricFamily("kafka_enrich_build", "Versions.", {**versions, **build})
 
 
+LOOKUP_SECONDS = Histogram("kafka_enrich_lookup_seconds", "Look-ups that the cache had no answer to.")
 SCRIPT_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
@@ -1728,20 +2020,29 @@ def start_from_now(consumer: Consumer, settings: Settings) -> None:
             commit_offsets(consumer, partitions)
 
 
-def open_locations(settings: Settings) -> tuple[Locations, float | None]:
-    """Open what the settings choose to locate with; when it was built, for a database."""
-    locate: Locate
+def open_locations(settings: Settings) -> tuple[Locations, Databases | None]:
+    """Open what the settings choose to locate with."""
     if settings.geoip_database:
-        locate, built = open_database(settings.geoip_database)
-    else:
-        log.info("locating with %s", settings.ipapi_url)
-        locate, built = HttpApi(settings.ipapi_url, settings.ipapi_key).locate, None
-    if settings.metrics_port:
-        locate = Histogram("kafka_enrich_lookup_seconds", "Look-ups that the cache had no answer to.").time()(locate)
-    return Locations(locate, settings), built
+        databases = Databases(settings)
+        return Locations(timed(settings, databases.locate()), settings), databases
+    log.info("locating with %s, which is told the addresses", settings.ipapi_url)
+    return Locations(timed(settings, HttpApi(settings).locate), settings), None
 
 
-def run_process(settings: Settings, opened: "tuple[Locations, float | None]") -> int:
+def timed(settings: Settings, locate: Locate) -> Locate:
+    """Count the seconds of look-ups, where there are metrics."""
+    return LOOKUP_SECONDS.time()(locate) if settings.metrics_port else locate
+
+
+def follow_files(settings: Settings, databases: Databases, locations: Locations) -> NoReturn:
+    """Use databases that take the place of those in use."""
+    while True:
+        time.sleep(LOOK_SECONDS)
+        if databases.look():
+            locations.use(timed(settings, databases.locate()))
+
+
+def run_process(settings: Settings, opened: tuple[Locations, Databases | None]) -> int:
     """Run the workers of one process, until they are done or a signal comes.
 
     Args:
@@ -1756,12 +2057,14 @@ def run_process(settings: Settings, opened: "tuple[Locations, float | None]") ->
         SettingsError: a setting cannot be used.
     """
     stop, received = stop_on_signals()
-    locations, built = opened
+    locations, databases = opened
     name = f"{socket.gethostname()}-{free_slot(settings.group)}"
     workers = [Worker(settings, name, number, stop) for number in range(settings.bytewax_workers_per_process)]
     if settings.metrics_port:
-        serve_metrics(settings.metrics_port, Metrics(workers, locations, built))
+        serve_metrics(settings.metrics_port, Metrics(workers, locations, databases))
     threading.Thread(target=report, args=[workers, locations], daemon=True).start()
+    if databases:
+        threading.Thread(target=follow_files, args=[settings, databases, locations], daemon=True).start()
     try:
         run_dataflow(settings, workers, locations)
     except (BytewaxRuntimeError, KafkaException, TimeoutError) as error:
@@ -1927,7 +2230,10 @@ def enrich(settings: Settings) -> int:
         log.warning("%s", line)
     opened = open_locations(settings)
     check_kafka(settings)
-    return run_process(settings, opened) if settings.processes == 1 else run_processes(settings)
+    if settings.processes == 1:
+        return run_process(settings, opened)
+    del opened  # each process opens its own
+    return run_processes(settings)
 
 
 def main() -> int:

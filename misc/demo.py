@@ -20,7 +20,7 @@ from kafka_server import KafkaServer
 PROJECT = Path(__file__).parent.parent
 SAMPLE_DATABASE = "misc/sample-city.mmdb"
 SHOWN = ("2001:1b68::1", "192.168.0.1")
-EVENT = b'{"id":7, "client":{"ip":"[2001:1b68::1]:443"}, "paid":1.10}'
+EVENT = b'{"id":7, "ip":"[2001:1b68::1]:443"}'
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def enrich_event(settings: dict[str, str]) -> bool:
             admin.create_topics({topic: {"num_partitions": 1}}, wait_for_metadata=True)
     with KafkaProducer(bootstrap_servers=brokers) as producer:
         producer.send(topics["KAFKA_INPUT_TOPIC"], EVENT, b"7").get(30)
-    run(f"IP_FIELD=client.ip GEOIP_DATABASE={SAMPLE_DATABASE} python kafka_enrich.py", {**settings, **topics})
+    run(f"IP_FIELD=ip GEOIP_DATABASE={SAMPLE_DATABASE} python kafka_enrich.py", {**settings, **topics})
     [(_, event)] = read(settings["KAFKA_BROKERS"], topics["KAFKA_OUTPUT_TOPIC"])
     print(f"an event, and what lies on topic {topics['KAFKA_OUTPUT_TOPIC']}:\n  {EVENT.decode()}\n  {event}")
     return event.startswith(EVENT.decode()[:-1]) and "location" in json.loads(event)

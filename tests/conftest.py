@@ -18,6 +18,8 @@ import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import OffsetSpec
 from kafka.producer.future import RecordMetadata
+from mmdb_writer import MMDBWriter
+from netaddr import IPSet
 
 from kafka_server import KafkaServer, free_port
 
@@ -267,6 +269,15 @@ def api() -> Iterator[Api]:
         yield server
         server.shutdown()
         thread.join()
+
+
+def write_database(path: Path, records: dict[str, Any], ip_version: int = 6, kind: str = "Test") -> str:
+    """Write a database of records by network; its path."""
+    writer = MMDBWriter(ip_version, kind, ["en"], ipv4_compatible=ip_version == 6)
+    for network, record in records.items():
+        writer.insert_network(IPSet([network]), record)
+    writer.to_db_file(str(path))
+    return str(path)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:

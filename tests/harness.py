@@ -143,13 +143,15 @@ class Tally:
     def __init__(self, messages: Iterable[Message] = ()) -> None:
         self.seen: Counter[int] = Counter()
         self.newest = -1
+        self.last_value = b""
         self.out_of_order = 0  # of first sightings, within a key
         self._last: dict[bytes, int] = {}
         self.add(messages)
 
     def add(self, messages: Iterable[Message]) -> None:
         for message in messages:
-            number, key = number_of(message.value() or b""), message.key() or b""
+            self.last_value = message.value() or b""
+            number, key = number_of(self.last_value), message.key() or b""
             assert key == record(number)[0]
             if number not in self.seen:
                 self.out_of_order += number < self._last.get(key, -1)
@@ -283,6 +285,13 @@ class Trial:
         give_up, newest = time.monotonic() + seconds, self.written
         while self._out.newest < newest:
             assert time.monotonic() < give_up, f"no new record out after {seconds} s{self.state()}"
+            self.read(0.1)
+
+    def wait_for_value(self, part: bytes, seconds: float) -> None:
+        """Read until the last record that came out has this in its value."""
+        give_up = time.monotonic() + seconds
+        while part not in self._out.last_value:
+            assert time.monotonic() < give_up, f"no {part!r} out after {seconds} s{self.state()}"
             self.read(0.1)
 
     def state(self) -> str:

@@ -290,7 +290,7 @@ def test_settings_in_the_files_exist_and_can_be_used() -> None:
 @pytest.mark.parametrize("path", [PROJECT / "README.md", *sorted(DEPLOY.glob("*"))], ids=lambda path: path.name)
 def test_names_with_values_are_settings(path: Path) -> None:
     names = set(re.findall(r"(?<![\w$&])([A-Z][A-Z_]{2,})=", path.read_text()))
-    others = {"CITY_DATABASE", "NAME", "PATH", "PYTHONDONTWRITEBYTECODE", "PYTHON_VERSION"}
+    others = {"CITY_DATABASE", "DATABASES", "NAME", "PATH", "PYTHONDONTWRITEBYTECODE", "PYTHON_VERSION"}
     assert [name for name in names - others if not is_setting(name)] == []
 
 

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from kafka_enrich import Answer, Location, Locations, LookupFailed, NotLocated, RunError, read_settings
 
-BERLIN = Location(city="Berlin", region=None, country_name="Germany")
+BERLIN: Location = {"city": "Berlin", "region": None, "country_name": "Germany"}
 BERLIN_JSON = b'{"city":"Berlin","country_name":"Germany"}'
 
 
-def locate(address: str) -> Location:
+def locate(address: str, public: bool) -> Location:
+    if not public:
+        raise NotLocated("reserved_ip")
     if address == "9.9.9.9":
         raise NotLocated("not_found")
     if address == "7.7.7.7":
@@ -295,7 +297,7 @@ def test_lookup_failed_stops_where_that_is_wanted() -> None:
 def test_answers_are_remembered_whatever_the_event() -> None:
     asked: list[str] = []
 
-    def count(address: str) -> Location:
+    def count(address: str, _public: bool) -> Location:
         asked.append(address)
         return BERLIN
 

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from confluent_kafka import Message, Producer
 from kafka import TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType, OffsetSpec
 
-from conftest import BROKER_SETTINGS, Api, Reply, Topics, wait_until
+from conftest import BROKER_SETTINGS, Api, Reply, Topics, wait_until, write_database
 from harness import BARE_LOOP, STOP_SECONDS, Copy, Reader, Trial, record, run
 from kafka_server import KafkaServer
 
@@ -40,11 +41,12 @@ class Counts(NamedTuple):
     overlaps: tuple[int, ...] = (2, 4)
     freezes: tuple[int, ...] = (12,)
     outages: tuple[int, ...] = (5,)
+    swaps: int = 5
     soak_periods: int = 3
     soak_seconds: int = 10
 
 
-WHOLE = Counts(5_000, 10, 12, (2, 5, 10, 20), (20, 75), (10, 60), 5, 60)
+WHOLE = Counts(5_000, 10, 12, (2, 5, 10, 20), (20, 75), (10, 60), 20, 5, 60)
 
 
 @pytest.fixture
@@ -433,3 +435,58 @@ def test_processes(trial: Trial) -> None:
     trial.ended(copy, 0, seconds=STOP_SECONDS)
     start()
     trial.finish("PROCESSES=2: a child killed, the parent killed, Ctrl-C")
+
+
+@pytest.mark.parametrize("several", ["PROCESSES", "BYTEWAX_WORKERS_PER_PROCESS"])
+def test_database_swapped(trial: Trial, counts: Counts, tmp_path: Path, several: str) -> None:
+    """Every answer is wholly that of a file which was in use in the ten seconds before."""
+    path, new = tmp_path / "city.mmdb", tmp_path / "new.mmdb"
+    placed: list[float] = []
+
+    def place(how: str) -> None:
+        word = f"generation {len(placed)}"
+        record = {"city": word, "region": word, "country_name": word}
+        write_database(new, {"0.0.0.0/1": record, "128.0.0.0/1": record}, 4)
+        content = new.read_bytes()
+        placed.append(time.time())
+        if how == "by rename":
+            new.replace(path)
+        elif how == "in place":
+            path.write_bytes(content)
+        elif how == "by a link":
+            new.rename(tmp_path / f"{len(placed)}.mmdb")
+            (tmp_path / "link").symlink_to(tmp_path / f"{len(placed)}.mmdb")
+            (tmp_path / "link").replace(path)
+        elif how == "after a while without it":
+            path.unlink()
+            trial.read(5)
+            placed[-1] = time.time()
+            path.write_bytes(content)
+        else:
+            path.write_bytes(content[:1000])
+            trial.read(5)
+            placed[-1] = time.time()
+            path.write_bytes(content)
+
+    place("by rename")
+    copy = trial.start(**{"GEOIP_DATABASE": str(path), several: "2"})
+    trial.stream()
+    ways = itertools.cycle(["by rename", "in place", "half first", "by a link", "after a while without it"])
+    for how in itertools.islice(ways, counts.swaps):
+        trial.wait_for_new()
+        place(how)
+        trial.wait_for_value(b'"generation %d"' % (len(placed) - 1), 10)
+    trial.finish(f"database swapped {counts.swaps} times")
+    assert "Traceback" not in copy.text()
+
+    newest: dict[int | None, int] = {}
+    for message in Reader(trial.topics, trial.topics.output).read_all():
+        location = json.loads(message.value() or b"")
+        del location["ip"]
+        [word] = set(location.values())
+        generation = int(word.split()[1])
+        written = message.timestamp()[1] / 1000
+        assert placed[generation] < written + 5
+        assert generation == len(placed) - 1 or written < placed[generation + 1] + 10
+        assert generation >= newest.get(message.partition(), 0), "back to an older database"
+        newest[message.partition()] = generation

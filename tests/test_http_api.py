@@ -24,13 +24,17 @@ from kafka_enrich import (
     LOOKUP_LIMIT,
     PAUSE_SECONDS,
     HttpApi,
-    Location,
     LookupFailed,
     NotLocated,
+    read_settings,
 )
 
 MOUNTAIN_VIEW = {"ip": "8.8.8.8", "city": "Mountain View", "region": "California", "country_name": "United States"}
-LOCATION = Location(city="Mountain View", region="California", country_name="United States")
+LOCATION = {"city": "Mountain View", "region": "California", "country_name": "United States"}
+
+
+def make(url: str, key: str) -> HttpApi:
+    return HttpApi(read_settings({"IPAPI_URL": url, **({"IPAPI_KEY": key} if key else {})}))
 
 
 def reply(body: object, status: int = 200, **headers: str) -> Reply:
@@ -43,27 +47,27 @@ def always(answer: Reply) -> Callable[[str], Reply]:
 
 def failure(source: HttpApi, address: str = "8.8.8.8") -> str:
     with pytest.raises(LookupFailed) as error:
-        source.locate(address)
+        source.locate(address, True)
     assert f"{address}/json" not in "".join(traceback.format_exception(error.value)), "a URL may hold the key"
     return str(error.value)
 
 
 def test_located(api: Api) -> None:
     api.reply = lambda _path: reply({**MOUNTAIN_VIEW, "country": "US", "country_code": "US"})
-    assert HttpApi(api.url, "").locate("8.8.8.8") == LOCATION
+    assert make(api.url, "").locate("8.8.8.8", True) == LOCATION
     assert api.asked == ["/8.8.8.8/json/"]
     assert str(api.user_agents[0]).startswith("kafka_enrich ")
 
 
 def test_key_goes_into_the_query(api: Api) -> None:
     api.reply = lambda _path: reply(MOUNTAIN_VIEW)
-    HttpApi(api.url, "s3cret&").locate("8.8.8.8")
+    make(api.url, "s3cret&").locate("8.8.8.8", True)
     assert api.asked == ["/8.8.8.8/json/?key=s3cret%26"]
 
 
 def test_unknown_fields_are_none(api: Api) -> None:
     api.reply = lambda _path: reply({"city": None, "region": "", "country_name": "France"})
-    assert HttpApi(api.url, "").locate("8.8.8.8") == Location(city=None, region=None, country_name="France")
+    assert make(api.url, "").locate("8.8.8.8", True) == {"city": None, "region": None, "country_name": "France"}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +83,7 @@ def test_unknown_fields_are_none(api: Api) -> None:
 def test_final_answer_without_a_location(api: Api, answer: Reply, result: str) -> None:
     api.reply = always(answer)
     with pytest.raises(NotLocated, match=result):
-        HttpApi(api.url, "").locate("8.8.8.8")
+        make(api.url, "").locate("8.8.8.8", True)
     assert len(api.asked) == 1
 
 
@@ -110,14 +114,14 @@ def test_final_answer_without_a_location(api: Api, answer: Reply, result: str) -
 )
 def test_no_answer_about_the_address(api: Api, answer: Reply) -> None:
     api.reply = always(answer)
-    failure(HttpApi(api.url, ""))
+    failure(make(api.url, ""))
     assert len(api.asked) == 1, "only time-outs and 5xx are tried again"
 
 
 def test_no_connection() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        assert failure(HttpApi(f"http://127.0.0.1:{unused.getsockname()[1]}", "")) == "Connection refused"
+        assert failure(make(f"http://127.0.0.1:{unused.getsockname()[1]}", "")) == "Connection refused"
 
 
 @pytest.mark.parametrize(
@@ -125,13 +129,13 @@ def test_no_connection() -> None:
     [("http://nowhere.invalid", "(?i)name|resol"), ("https://127.0.0.1:{}", "(?i)ssl|tls|certificate")],
 )
 def test_reason_is_in_words(api: Api, url: str, words: str) -> None:
-    assert re.search(words, failure(HttpApi(url.format(api.server_port), "s3cret")))
+    assert re.search(words, failure(make(url.format(api.server_port), "s3cret")))
 
 
 def test_large_reply_takes_little_memory(api: Api) -> None:
     body = gzip.compress(b" " * 100_000_000)
     api.reply = always(Reply(body, headers={"Content-Encoding": "gzip"}))
-    source = HttpApi(api.url, "")
+    source = make(api.url, "")
     tracemalloc.start()
     failure(source)
     peak = tracemalloc.get_traced_memory()[1]
@@ -141,26 +145,26 @@ def test_large_reply_takes_little_memory(api: Api) -> None:
 
 def test_server_error_is_tried_again(api: Api) -> None:
     api.reply = lambda _path: reply(MOUNTAIN_VIEW) if len(api.asked) == 3 else Reply(status=503)
-    assert HttpApi(api.url, "").locate("8.8.8.8") == LOCATION
+    assert make(api.url, "").locate("8.8.8.8", True) == LOCATION
     assert len(api.asked) == 3
 
 
 @pytest.mark.parametrize("status", [500, 502, 503, 504])
 def test_server_that_fails_is_asked_three_times(api: Api, status: int) -> None:
     api.reply = always(Reply(status=status, headers={"Retry-After": "30"}))
-    assert failure(HttpApi(api.url, "")) == f"HTTP {status} without a location"
+    assert failure(make(api.url, "")) == f"HTTP {status} without a location"
     assert len(api.asked) == 3
 
 
 def test_redirect_is_not_followed(api: Api) -> None:
     api.reply = lambda path: reply(MOUNTAIN_VIEW) if path == "/" else Reply(b"", 302, {"Location": f"{api.url}/"})
-    failure(HttpApi(api.url, "s3cret"))
+    failure(make(api.url, "s3cret"))
     assert api.asked == ["/8.8.8.8/json/?key=s3cret"]
 
 
 def test_time_out_is_tried_again(api: Api) -> None:
     api.reply = lambda _path: reply(MOUNTAIN_VIEW) if len(api.asked) == 2 else Reply(delay=2)
-    assert HttpApi(api.url, "").locate("8.8.8.8") == LOCATION
+    assert make(api.url, "").locate("8.8.8.8", True) == LOCATION
 
 
 class Trickling(socketserver.ThreadingTCPServer):
@@ -205,7 +209,7 @@ def test_one_address_takes_four_seconds_at_most(
         threading.Thread(target=server.serve_forever, args=[0.01]).start()
         before = time.monotonic()
         try:
-            failure(HttpApi(f"http://127.0.0.1:{server.server_address[1]}", ""))
+            failure(make(f"http://127.0.0.1:{server.server_address[1]}", ""))
             assert time.monotonic() - before < limit + 0.5
         finally:
             server.closed.set()
@@ -225,7 +229,7 @@ def test_one_address_takes_four_seconds_at_most(
 )
 def test_refusal_pauses_with_one_warning(api: Api, answer: Reply, caplog: pytest.LogCaptureFixture) -> None:
     api.reply = always(answer)
-    source = HttpApi(api.url, "")
+    source = make(api.url, "")
     for _ in range(5):
         failure(source)
     assert len(api.asked) == 1
@@ -248,14 +252,14 @@ def test_refusal_pauses_with_one_warning(api: Api, answer: Reply, caplog: pytest
 )
 def test_retry_after(api: Api, retry_after: str, seconds: tuple[int, int], caplog: pytest.LogCaptureFixture) -> None:
     api.reply = lambda _path: Reply(b"", 429, {"Retry-After": retry_after})
-    failure(HttpApi(api.url, ""))
+    failure(make(api.url, ""))
     assert isinstance(caplog.records[0].args, tuple)
     assert seconds[0] <= int(str(caplog.records[0].args[2]).split(".")[0]) <= seconds[1]
 
 
 def test_failures_in_a_row_pause(api: Api, caplog: pytest.LogCaptureFixture) -> None:
     api.reply = lambda _path: Reply(b"", 404)
-    source = HttpApi(api.url, "")
+    source = make(api.url, "")
     for _ in range(10):
         failure(source)
     assert len(api.asked) == FAILURES_IN_A_ROW
@@ -267,17 +271,17 @@ def test_failures_in_a_row_pause(api: Api, caplog: pytest.LogCaptureFixture) -> 
 )
 def test_answers_between_failures_prevent_a_pause(api: Api, answer: Reply) -> None:
     api.reply = lambda _path: answer if len(api.asked) % 2 else Reply(b"", 404)
-    source = HttpApi(api.url, "")
+    source = make(api.url, "")
     for _ in range(10):
         with suppress(NotLocated):
-            source.locate("8.8.8.8")
+            source.locate("8.8.8.8", True)
         failure(source)
     assert len(api.asked) == 20
 
 
 def test_workers_that_fail_together_give_one_warning(api: Api, caplog: pytest.LogCaptureFixture) -> None:
     api.reply = lambda _path: Reply(b"", 429, delay=0.3 + 0.05 * len(api.asked))
-    source = HttpApi(api.url, "")
+    source = make(api.url, "")
     with ThreadPoolExecutor(4) as workers:
         assert list(workers.map(lambda _: failure(source), range(4))) == ["HTTP 429"] * 4
     assert len(caplog.records) == 1
@@ -285,12 +289,12 @@ def test_workers_that_fail_together_give_one_warning(api: Api, caplog: pytest.Lo
 
 def test_pause_ends(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     api.reply = lambda _path: Reply(b"", 429) if len(api.asked) == 1 else reply(MOUNTAIN_VIEW)
-    source = HttpApi(api.url, "")
+    source = make(api.url, "")
     failure(source)
     failure(source)
     later = time.monotonic() + PAUSE_SECONDS
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert source.locate("8.8.8.8") == LOCATION
+    assert source.locate("8.8.8.8", True) == LOCATION
 
 
 def test_key_is_in_no_log_line_and_no_error(
@@ -306,7 +310,7 @@ def test_key_is_in_no_log_line_and_no_error(
         cases = [*((api.url, answer) for answer in answers), (nowhere, Reply())]
         for url, answer in cases:
             api.reply = always(answer)
-            source = HttpApi(url, "s3cret")
+            source = make(url, "s3cret")
             for _ in range(FAILURES_IN_A_ROW):
                 assert "s3cret" not in failure(source)
     assert len(api.asked) > 3 * FAILURES_IN_A_ROW
@@ -316,4 +320,4 @@ def test_key_is_in_no_log_line_and_no_error(
 
 def test_certificates_that_are_not_there_are_named(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/no/such.pem")
-    assert "/no/such.pem" in failure(HttpApi(api.url.replace("http:", "https:"), ""))
+    assert "/no/such.pem" in failure(make(api.url.replace("http:", "https:"), ""))

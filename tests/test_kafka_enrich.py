@@ -561,6 +561,43 @@ def test_http_api_keeps_its_connection(kafka_enrich_program: Program, topics: To
     assert len(api.clients) == 1
 
 
+@pytest.mark.parametrize("guarantee", GUARANTEES)
+def test_lookups_that_fail_are_waited_for(
+    kafka_enrich_program: Program, topics: Topics, api: Api, guarantee: str
+) -> None:
+    api.reply = lambda _path: Reply(LOCATED)
+    written = records(60)
+    topics.write(written[:20])
+    environment = {**topics.environment(), "IPAPI_URL": api.url, "ON_LOOKUP_FAILED": "wait"}
+    process = kafka_enrich_program.start(**environment, **TAIL, DELIVERY_GUARANTEE=guarantee)
+    wait_until(lambda: addresses(topics).total() == 20)
+    api.reply = lambda _path: Reply(b"", 429, {"Retry-After": "3"})
+    asked = len(api.asked)
+    topics.write(written[20:40])
+    wait_until(lambda: len(api.asked) > asked + 1)  # once before the pause, once after it
+    assert addresses(topics).total() == 20
+    assert shares(topics) == [4]
+    api.reply = lambda _path: Reply(LOCATED)
+    wait_until(lambda: addresses(topics).total() == 40)
+
+    api.reply = lambda _path: Reply(b"", 503)
+    topics.write(written[40:])
+    asked = len(api.asked)
+    wait_until(lambda: len(api.asked) > asked)
+    before = time.monotonic()
+    process.terminate()
+    stopped = ended(process)
+    assert time.monotonic() - before < 5
+    assert stopped.exit_code == 0
+    assert counted(stopped) == [40]
+    assert stopped.errors.count("waits for the source of locations: ") == 2
+    assert stopped.errors.count("the source of locations answers again") == 1
+    api.reply = lambda _path: Reply(LOCATED)
+    assert counted(kafka_enrich_program(**environment)) == [20]
+    assert addresses(topics) == each_once(written)
+    assert all("error" not in json.loads(value or b"") for _, value in topics.read())
+
+
 def test_failed_lookup_stops_where_that_is_wanted(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
     api.reply = lambda path: Reply(LOCATED) if "8.8.8.8" in path else Reply(b"", 403)
     topics.write([(b"key", b"8.8.8.8"), (b"key", b"8.8.4.4"), (b"key", b"10.0.0.1")])
@@ -641,6 +678,11 @@ def test_broker_away(kafka_enrich_program: Program) -> None:
     for line, (brokers, says) in zip(lines, wrong.items(), strict=True):
         assert f"Kafka at {brokers} (KAFKA_BROKERS) cannot be used: " in line
         assert says in line
+
+
+def test_missing_error_topic(kafka_enrich_program: Program, topics: Topics) -> None:
+    error = only_line(kafka_enrich_program(**topics.environment(), **DATABASE, KAFKA_ERROR_TOPIC=topics.output + "-x"))
+    assert error.endswith(f"topic {topics.output + '-x'!r} does not exist; create it")
 
 
 @pytest.mark.parametrize("missing", ["input", "output"])

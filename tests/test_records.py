@@ -14,6 +14,7 @@ from conftest import SAMPLE_DATABASE
 from kafka_enrich import (
     RESULTS,
     Answer,
+    Databases,
     Locate,
     Location,
     Locations,
@@ -21,11 +22,10 @@ from kafka_enrich import (
     NotLocated,
     RunError,
     find_address,
-    open_database,
     read_settings,
 )
 
-LOCATE = open_database(str(SAMPLE_DATABASE)).locate
+LOCATE = Databases(read_settings({"GEOIP_DATABASE": str(SAMPLE_DATABASE)})).locate()
 ARGENTINA = {"city": "Buenos Aires (San Telmo)", "region": "Buenos Aires F.D.", "country_name": "Argentina"}
 TURKEY = {"city": "Ankara", "region": "Ankara", "country_name": "Türkiye"}
 NOWHERE = {"city": None, "region": None, "country_name": None}
@@ -200,7 +200,7 @@ def test_not_found() -> None:
     assert value_out(b"9.9.9.9") == {"ip": "9.9.9.9", **NOWHERE, "error": "not_found"}
 
 
-def fail(_address: str) -> Location:
+def fail(_address: str, _public: bool) -> Location:
     raise LookupFailed("no answer")
 
 
@@ -307,13 +307,13 @@ class Counting:
         self.asked: list[str] = []
         self.fails = False
 
-    def locate(self, text: str) -> Location:
+    def locate(self, text: str, _public: bool) -> Location:
         self.asked.append(text)
         if self.fails:
-            raise LookupFailed
+            raise LookupFailed("no answer")
         if text == "9.9.9.9":
             raise NotLocated("not_found")
-        return Location(city=None, region=None, country_name=text)
+        return {"city": None, "region": None, "country_name": text}
 
 
 def test_final_answers_are_remembered() -> None:
