@@ -282,8 +282,9 @@ def test_record_that_the_error_topic_refuses_is_named(kafka_enrich_program: Prog
     errors = topics.output + "-errors"
     topics.create(errors, configs={"max.message.bytes": "10000"})
     topics.write([(b"key", ADDRESS), (b"key", b"x" * 20_000)])
-    line = only_line(kafka_enrich_program(**topics.environment(), **DATABASE, KAFKA_ERROR_TOPIC=errors))
-    assert f" offset 1 is refused by topic {errors!r}: " in line
+    enriched = kafka_enrich_program(**topics.environment(), **DATABASE, KAFKA_ERROR_TOPIC=errors)
+    assert enriched.exit_code == 1
+    assert f" offset 1 is refused by topic {errors!r}: " in enriched.errors.splitlines()[-1]
 
 
 def test_refused_record_is_named_and_skipped_by_the_command_that_the_line_ends_with(

@@ -65,7 +65,9 @@ BAD_VALUES = {
     "COMMIT_SECONDS": ["", "0", "0.01", "61", "1s", "nan", "inf"],
     "IP_FIELD": ["", " ", ".", "a.", ".a", "a..b", "a,", ",a", "a,.b", "/a~2", "/a/~", 'a"b', "a\\b", "a\n"],
     "LOCATION_FIELD": ["", " ", "a,", ",a", "a, ,b", 'a"b', "a\tb"],
-    "GEOIP_DATABASE": [""],
+    "FIELDS": ["", "city,", "city;region", "risk=", "a b=c", "risk=a..b"],
+    "GEOIP_DATABASE": ["", "a.mmdb,", ",a.mmdb"],
+    "GEOIP_LANGUAGE": ["", "EN", "english", "pt-br"],
     "IPAPI_URL": [
         "",
         "ipapi.co",
@@ -150,6 +152,13 @@ def test_one_topic_for_both_ends() -> None:
         ({"IP_FIELD": "a,b", "LOCATION_FIELD": "c, c"}, "LOCATION_FIELD='c, c' has a name twice"),
         ({"IP_FIELD": "location.ip"}, "LOCATION_FIELD='location' is what IP_FIELD='location.ip' reads"),
         ({"IP_FIELD": "/location"}, "LOCATION_FIELD='location' is what IP_FIELD='/location' reads"),
+        (
+            {"FIELDS": "city,county,town"},
+            "FIELDS='city,county,town': county, town is none of city, region, region_code, ",
+        ),
+        ({"FIELDS": "city, city"}, "FIELDS='city, city' has a name twice"),
+        ({"FIELDS": "city,error=traits.x"}, "FIELDS='city,error=traits.x': ip and error are names of the output's own"),
+        ({"GEOIP_LANGUAGE": "de"}, "GEOIP_LANGUAGE='de' is of no use without GEOIP_DATABASE"),
         ({"METRICS_PORT": "65535", "PROCESSES": "2"}, "METRICS_PORT=65535 is too high for 2 processes"),
     ],
 )
