@@ -1311,7 +1311,7 @@ class DatabaseError(Exception):
 class Database(NamedTuple):
     """A database that is open."""
 
-    find: Callable[[str], Location | None]  # None for an address that it does not have
+    find: Callable[[str], Location | None]  # None for an address of which it knows none of the fields
     path: str
     mark: tuple[int, ...]  # what tells the file from another one in its place
     built: datetime
@@ -1366,9 +1366,9 @@ def open_database(path: str, read_location: Callable[[object], Location], with_n
             record, length = reader.get_with_prefix_len(address)
         except (ValueError, maxminddb.InvalidDatabaseError):  # the file is damaged at this record
             raise LookupFailed(f"{path} is damaged at {address}") from None
-        if record is None:
-            return None
         location = read_location(record)
+        if all(value is None for value in location.values()):
+            return None
         if with_network:
             location["network"] = str(ipaddress.ip_network(f"{address}/{length}", strict=False))
         return location
@@ -1436,7 +1436,7 @@ class Databases:
                     }
                     if None not in location.values():
                         break
-            if not any(value is not None for value in location.values()):
+            if not location:
                 raise NotLocated("not_found" if public else "reserved_ip")
             return location
 

@@ -250,8 +250,9 @@ def test_network(tmp_path: Path, address: str, network: str) -> None:
 @pytest.mark.parametrize("record", [{}, {"city": ""}, {"traits": {"is_anycast": True}}, "Berlin", [1]])
 def test_record_without_a_location(tmp_path: Path, record: Any) -> None:
     path = write_database(tmp_path / "city.mmdb", {"8.8.8.0/24": record, "9.9.9.0/24": BERLIN})
-    with pytest.raises(NotLocated, match="not_found"):
-        found(path)
+    for fields in ("city,region,country_name", "city,network"):
+        with pytest.raises(NotLocated, match="not_found"):
+            found(path, FIELDS=fields)
 
 
 # --- Several ----------------------------------------------------------------------------------------------------
