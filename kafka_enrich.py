@@ -1110,6 +1110,9 @@ def find_address(text: str) -> tuple[str, str, bool]:
     Raises:
         NotLocated: there is no address; short forms such as 8.8, which maxminddb would take, are none either.
     """
+    plain = pack(text)
+    if plain and "." in text and ":" not in text and is_public(plain):  # as nearly all are written
+        return text, text, True
     reserved = None
     if text.startswith("["):  # an array in JSON, or an address in brackets
         with suppress(ValueError, RecursionError):
@@ -1135,11 +1138,11 @@ def pack(text: str) -> bytes | None:
     """Parse an address into its 4 or 16 bytes; an IPv4 address inside an IPv6 address counts as that."""
     try:
         return socket.inet_pton(socket.AF_INET, text)
-    except OSError:
+    except (OSError, ValueError):
         pass
     try:
         packed = socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
-    except OSError:
+    except (OSError, ValueError):
         return None
     for prefix, start in EMBEDDED:
         if packed.startswith(prefix):
@@ -1363,9 +1366,11 @@ def open_database(path: str, read_location: Callable[[object], Location], with_n
         if metadata.ip_version == 4 and ":" in address:
             return None
         try:
-            record, length = reader.get_with_prefix_len(address)
+            record, length = reader.get_with_prefix_len(address) if with_network else (reader.get(address), 0)
         except (ValueError, maxminddb.InvalidDatabaseError):  # the file is damaged at this record
             raise LookupFailed(f"{path} is damaged at {address}") from None
+        if record is None:
+            return None
         location = read_location(record)
         if all(value is None for value in location.values()):
             return None
