@@ -363,12 +363,13 @@ class Worker:
 
     def set_aside(self, items: list[Enriched]) -> list[Enriched]:
         """Leave out of a batch what begins with a look-up that failed, to be read again; say so once."""
-        answered = list(itertools.takewhile(lambda item: item[1][1] != WAITS, items))
+        # Where the engine has cut a batch in two, what follows in the second part may not get past the first.
+        answered = [] if self.unread else list(itertools.takewhile(lambda item: item[1][1] != WAITS, items))
         for record, (why, _) in items[len(answered) :]:
-            self.unread.setdefault(record.partition() or 0, record.offset() or 0)
             if not self.waits_for_source:
                 self.waits_for_source = True
                 log.warning("worker %s waits for the source of locations: %s", self.name, (why or b"").decode())
+            self.unread.setdefault(record.partition() or 0, record.offset() or 0)
         if answered and self.waits_for_source and not self.unread:
             self.waits_for_source = False
             log.info("worker %s: the source of locations answers again", self.name)
@@ -550,24 +551,30 @@ class KafkaInput(StatelessSourcePartition[Message]):
         if now >= self._ask_at:
             self._ask_at = now + ASK_SECONDS
             self._ask()
-        if self._resume_at and now >= self._resume_at:
-            self._consumer.resume(self._consumer.assignment())
-            self._resume_at = 0.0
-        rebalances = worker.rebalances
-        messages = self._consumer.consume(self._batch_size, 0)
-        if not messages:
-            if self._remaining is not None:
-                worker.commit()  # so that a bounded run does not wait for its end
-            message = self._consumer.poll(IDLE_SECONDS)
-            messages = [] if message is None else [message]  # one without a value is false
-        if rebalances != worker.rebalances:  # of partitions that have just left, the next owner reads it
-            owned = {part.partition for part in self._consumer.assignment()}
-            messages = [message for message in messages if message.partition() in owned or is_trouble(message)]
-        records = [message for message in messages if message.error() is None or self._event(message)]
+        records = [message for message in self._read() if message.error() is None or self._event(message)]
         if records:
             worker.last_record = now
         worker.under_way = len(records)
         return records
+
+    def _read(self) -> list[Message]:
+        """Read records and events, and let the group have its turn."""
+        worker, consumer = self._worker, self._consumer
+        if self._resume_at and time.monotonic() >= self._resume_at:
+            consumer.resume(consumer.assignment())
+            self._resume_at = 0.0
+        rebalances = worker.rebalances
+        messages = consumer.consume(self._batch_size, 0)
+        if not messages:
+            if self._remaining is not None:
+                worker.commit()  # so that a bounded run does not wait for its end
+            message = consumer.poll(IDLE_SECONDS)
+            messages = [] if message is None else [message]  # one without a value is false
+        if rebalances != worker.rebalances:  # of partitions that have just left, the next owner reads it
+            owned = {part.partition for part in consumer.assignment()}
+            messages = [message for message in messages if message.partition() in owned or is_trouble(message)]
+            self._resume_at = self._resume_at or time.monotonic()  # one that comes back may still be paused
+        return messages
 
     def close(self) -> None:
         """Leave the group when the input ends: the other members' rebalance would wait for one that nobody polls."""
@@ -593,8 +600,10 @@ class KafkaInput(StatelessSourcePartition[Message]):
         topic, unread = self._worker.settings.kafka_input_topic, self._worker.unread
         for partition, offset in unread.items():
             self._ends.pop(partition, None)
-            with suppress(KafkaException):  # it has gone to another member, who reads it
+            try:
                 self._consumer.seek(TopicPartition(topic, partition, offset))
+            except KafkaException as error:  # never past it: all that is not committed is read again
+                self._worker.broken = reason_of(error)
         unread.clear()
         self._consumer.pause(self._consumer.assignment())
         self._resume_at = time.monotonic() + RETRY_SECONDS
@@ -1216,7 +1225,11 @@ def in_eu(country: object) -> bool | None:
 
 
 def anything(value: object) -> object:
-    """Read a value of whatever type, as long as JSON has it."""
+    """Read a value of whatever type, in a form that JSON has."""
+    if isinstance(value, dict):
+        return {name: anything(its) for name, its in value.items()}
+    if isinstance(value, list):
+        return [anything(its) for its in value]
     large = isinstance(value, int) and not -(2**63) <= value < 2**64
     return as_text(str(value)) if isinstance(value, str) or large else value
 
@@ -1349,11 +1362,7 @@ def open_database(path: str, read_location: Callable[[object], Location], with_n
         reader = open_copy(path)
         metadata = reader.metadata()
         built = datetime.fromtimestamp(metadata.build_epoch, timezone.utc)
-        first = (record for _, record in itertools.islice(reader, SAMPLE))
-        sample = itertools.chain(
-            first, map(reader.get, map(ipaddress.IPv4Address, range(0, 1 << 32, (1 << 32) // SAMPLE)))
-        )
-        known = any(value is not None for record in sample for value in read_location(record).values())
+        known = knows_any(reader, read_location)
     except (OSError, ValueError, OverflowError, maxminddb.InvalidDatabaseError) as error:
         raise DatabaseError(f"{path} {why_no_database(path, error)}") from None
     if mark_of(path) != mark:
@@ -1362,8 +1371,26 @@ def open_database(path: str, read_location: Callable[[object], Location], with_n
         raise DatabaseError(f"{path}, {metadata.database_type}, has none of FIELDS")
     log.info("locating with %s, %s of %s", path, metadata.database_type, built.date())
 
+    return Database(finder(reader, path, read_location, with_network), path, mark, built)
+
+
+def knows_any(reader: maxminddb.Reader, read_location: Callable[[object], Location]) -> bool:
+    """Search the first networks of a database, and then all of IPv4 in large steps, for a field that is wanted."""
+    first = (record for _, record in itertools.islice(reader, SAMPLE))
+    others = map(reader.get, map(ipaddress.IPv4Address, range(0, 1 << 32, (1 << 32) // SAMPLE)))
+    return any(
+        value is not None for record in itertools.chain(first, others) for value in read_location(record).values()
+    )
+
+
+def finder(
+    reader: maxminddb.Reader, path: str, read_location: Callable[[object], Location], with_network: bool
+) -> Callable[[str], Location | None]:
+    """Make the function that finds an address in a database; arguments as open_database has them."""
+    only_ipv4 = reader.metadata().ip_version == 4
+
     def find(address: str) -> Location | None:
-        if metadata.ip_version == 4 and ":" in address:
+        if only_ipv4 and ":" in address:
             return None
         try:
             record, length = reader.get_with_prefix_len(address) if with_network else (reader.get(address), 0)
@@ -1378,7 +1405,7 @@ def open_database(path: str, read_location: Callable[[object], Location], with_n
             location["network"] = str(ipaddress.ip_network(f"{address}/{length}", strict=False))
         return location
 
-    return Database(find, path, mark, built)
+    return find
 
 
 def open_copy(path: str) -> maxminddb.Reader:
@@ -1469,6 +1496,19 @@ class Databases:
                 self.refusals += 1
                 log.warning("%s; the one of %s stays in use", error, database.built.date())
         return swapped
+
+
+def timed(settings: "Settings", locate: Locate) -> Locate:
+    """Count the seconds of look-ups, where there are metrics."""
+    return LOOKUP_SECONDS.time()(locate) if settings.metrics_port else locate
+
+
+def follow_files(settings: "Settings", databases: Databases, locations: "Locations") -> NoReturn:
+    """Use databases that take the place of those in use."""
+    while True:
+        time.sleep(LOOK_SECONDS)
+        if databases.look():
+            locations.use(timed(settings, databases.locate()))
 
 
 # --- Locations over HTTP ----------------------------------------------------------------------------------------
@@ -2032,19 +2072,6 @@ def open_locations(settings: Settings) -> tuple[Locations, Databases | None]:
         return Locations(timed(settings, databases.locate()), settings), databases
     log.info("locating with %s, which is told the addresses", settings.ipapi_url)
     return Locations(timed(settings, HttpApi(settings).locate), settings), None
-
-
-def timed(settings: Settings, locate: Locate) -> Locate:
-    """Count the seconds of look-ups, where there are metrics."""
-    return LOOKUP_SECONDS.time()(locate) if settings.metrics_port else locate
-
-
-def follow_files(settings: Settings, databases: Databases, locations: Locations) -> NoReturn:
-    """Use databases that take the place of those in use."""
-    while True:
-        time.sleep(LOOK_SECONDS)
-        if databases.look():
-            locations.use(timed(settings, databases.locate()))
 
 
 def run_process(settings: Settings, opened: tuple[Locations, Databases | None]) -> int:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import logging
 import os
 import tarfile
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from conftest import SAMPLE_DATABASE, Program, write_database
-from kafka_enrich import FIELDS, Databases, Location, LookupFailed, NotLocated, SettingsError, read_settings
+from kafka_enrich import FIELDS, Databases, Location, LookupFailed, NotLocated, SettingsError, read_settings, to_json
 
 EVERYTHING = ",".join(FIELDS)
 BERLIN = {"city": "Berlin", "country_name": "Germany"}
@@ -222,14 +223,18 @@ def test_field(tmp_path: Path, record: dict[str, Any], location: dict[str, objec
         ("traits.score", 2.5),
         ("traits.large", str(2**100)),
         ("traits.nothing", None),
+        ("traits.nested", {"large": [str(2**100)], "text": "a"}),
         ("city.names", {"en": "Berlin"}),
     ],
 )
 def test_any_other_value_by_its_path(tmp_path: Path, path: str, value: object) -> None:
-    traits = {"user_type": "hosting", "is_anycast": True, "score": 2.5, "large": 2**100}
+    traits: dict[str, Any] = {"user_type": "hosting", "is_anycast": True, "score": 2.5, "large": 2**100}
+    traits["nested"] = {"large": [2**100], "text": "a"}
     record = {"city": {"names": {"en": "Berlin"}}, "traits": traits, "subdivisions": [{}, {"iso_code": "X"}]}
     database = write_database(tmp_path / "some.mmdb", {"8.8.8.0/24": record})
-    assert found(database, FIELDS=f"city, risk={path}") == {"city": "Berlin", "risk": value}
+    location = found(database, FIELDS=f"city, risk={path}")
+    assert location == {"city": "Berlin", "risk": value}
+    assert json.loads(to_json("8.8.8.8", location, None)) == {"ip": "8.8.8.8", **location}
 
 
 @pytest.mark.parametrize(("language", "country"), [("de", "Deutschland"), ("pt-BR", "Germany"), ("fr", "Allemagne")])

@@ -3,6 +3,7 @@
 import ipaddress
 import json
 import re
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -13,14 +14,17 @@ from hypothesis import strategies as st
 from conftest import SAMPLE_DATABASE
 from kafka_enrich import (
     RESULTS,
+    WAITS,
     Answer,
     Databases,
+    Enriched,
     Locate,
     Location,
     Locations,
     LookupFailed,
     NotLocated,
     RunError,
+    Worker,
     find_address,
     read_settings,
 )
@@ -357,3 +361,17 @@ def test_not_remembered_without_a_cache_or_with_a_large_value(cache_size: str, v
     answer(value)
     answer(value)
     assert source.asked == ["1.1.1.1", "1.1.1.1"]
+
+
+def test_nothing_gets_past_a_record_that_waits_for_the_source() -> None:
+    worker = Worker(read_settings({"ON_LOOKUP_FAILED": "wait"}), "process", 0, threading.Event())
+
+    def item(partition: int, offset: int, result: str = "located") -> Enriched:
+        return Message(topic="t", partition=partition, offset=offset), (b"", result)
+
+    first, second = item(0, 5), item(0, 7)
+    assert worker.set_aside([first, item(0, 6, WAITS), second, item(1, 3)]) == [first]
+    assert worker.set_aside([item(0, 8), item(2, 1)]) == []  # the rest of a batch that the engine cut in two
+    assert worker.unread == {0: 6, 1: 3, 2: 1}
+    worker.unread.clear()
+    assert worker.set_aside([second]) == [second]
