@@ -519,7 +519,7 @@ class KafkaInput(StatelessSourcePartition[Message]):
         self._ends: dict[int, int] = {}  # by partition: the offset after its last record, when there is no next one
         # Of a member that waits for a rebalance, brokers answer no question before that ends; of who only asks they do.
         self._asks = self._consumer if tail else Consumer(asking_properties(settings, brokers), logger=LIBRDKAFKA_LOG)
-        self._remaining = None if tail else remaining(self._asks, topic)
+        self._remaining = None if tail else remaining(self._consumer, self._asks, topic)
         self._ask_at = self._commit_at = self._resume_at = 0.0
         if self._remaining == {}:
             log.info(
@@ -662,20 +662,19 @@ class KafkaInput(StatelessSourcePartition[Message]):
         raise StopIteration
 
 
-def remaining(consumer: Consumer, topic: str) -> dict[int, int]:
+def remaining(consumer: Consumer, asks: Consumer, topic: str) -> dict[int, int]:
     """Find what the group has not done yet.
 
     Args:
-        consumer: with the group's id.
+        consumer: finds the ends, before transactions of others that are open.
+        asks: finds what the group has committed, also where a transaction of its own is open.
         topic: to be read.
 
     Returns:
         by partition that has records which the group has not committed: the offset after its last record now.
     """
     found = {}
-    for part in committed_offsets(
-        consumer, topic, consumer.list_topics(topic, CONNECT_SECONDS).topics[topic].partitions
-    ):
+    for part in committed_offsets(asks, topic, asks.list_topics(topic, CONNECT_SECONDS).topics[topic].partitions):
         low, end = consumer.get_watermark_offsets(part, timeout=CONNECT_SECONDS)
         if max(part.offset, low if part.offset < 0 else 0) < end:
             found[part.partition] = end
@@ -771,8 +770,11 @@ def consumer_properties(settings: "Settings", brokers: str, number: int) -> dict
 
 
 def asking_properties(settings: "Settings", brokers: str) -> dict[str, Any]:
-    """Choose the properties of a consumer that asks for a group's offsets, and is no member of it."""
-    properties = consumer_properties(settings, brokers, 0)
+    """Choose the properties of a consumer that asks for a group's offsets, and is no member of it.
+
+    Where a kill left a transaction open, a read_committed consumer gets no answer before the transaction's time-out.
+    """
+    properties = {**consumer_properties(settings, brokers, 0), "isolation.level": "read_uncommitted"}
     return {name: value for name, value in properties.items() if name != "group.instance.id"}
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,7 @@ class Stream:
         self._producer = KafkaProducer(
             bootstrap_servers=topics.address.split(","), enable_idempotence=True, acks="all", linger_ms=5, **patience
         )
-        self._thread = threading.Thread(target=self._write)
+        self._thread = threading.Thread(target=self._write, daemon=True)  # a test that fails ends
         self._thread.start()
 
     def _write(self) -> None:
@@ -205,7 +206,8 @@ class Trial:
 
     def __exit__(self, *_exception: object) -> None:
         for copy in self.copies:
-            os.killpg(copy.process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.killpg(copy.process.pid, signal.SIGKILL)
             copy.process.wait()
         if self._stream:
             self._stream.abandon()

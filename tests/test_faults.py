@@ -1,5 +1,6 @@
 """What the README promises of faults: one after the other, every record counted in and out."""
 
+import gc
 import itertools
 import json
 import os
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from confluent_kafka import Message, Producer
+from confluent_kafka import Consumer, Message, Producer
+from confluent_kafka import TopicPartition as PartitionOffset
 from kafka import TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType, OffsetSpec
 
@@ -52,6 +54,13 @@ WHOLE = Counts(5_000, 10, 12, (2, 5, 10, 20), (20, 75), (10, 60), 20, 5, 60)
 @pytest.fixture
 def counts(request: pytest.FixtureRequest) -> Counts:
     return WHOLE if request.config.getoption("--whole") else Counts()
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """Let the garbage collector find those sockets here, and not in another test."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(params=["at_least_once", "exactly_once"])
@@ -357,6 +366,27 @@ def test_transactions_in_the_input(trial: Trial) -> None:
     assert out.seen.keys() == set(range(2_000))
     producer.commit_transaction()
     trial.finish("committed, aborted and open transactions", expected=set(range(4_000)), never_doubled=True)
+
+
+@pytest.mark.parametrize("guarantee", ["exactly_once"])
+@pytest.mark.parametrize("tail", ["0", "1"])
+def test_started_while_offsets_wait_for_a_transaction(trial: Trial, tail: str) -> None:
+    """A kill between the offsets and the end of their transaction leaves it open; a start does not wait for it."""
+    trial.write(1_000)
+    group = {"group.id": f"{trial.topics.input}-to-{trial.topics.output}"}
+    properties = {"bootstrap.servers": trial.topics.address, "log_level": 0}
+    member = Consumer({**properties, **group}).consumer_group_metadata()
+    killed = Producer({**properties, "transactional.id": trial.topics.input})
+    killed.init_transactions()
+    killed.begin_transaction()
+    offsets = [PartitionOffset(trial.topics.input, number, 5) for number in range(PARTITIONS)]
+    killed.send_offsets_to_transaction(offsets, member)
+    copy = trial.start(KAFKA_TAIL=tail)
+    wait_until(lambda: "reads partitions [" in copy.text())
+    killed.abort_transaction()
+    if tail == "0":
+        trial.ended(copy, 0)
+    trial.finish("started while a transaction is open", never_doubled=True)
 
 
 COMPRESSIONS = ["none", "gzip", "snappy", "lz4", "zstd"]
