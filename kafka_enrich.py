@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10,<3.13"
+# dependencies = [
+#     "bytewax==0.21.1", "confluent-kafka==2.15.1", "maxminddb==3.2.0", "msgspec==0.22.0",
+#     "prometheus-client==0.26.0", "python-dotenv==1.2.4", "requests==2.34.2", "tqdm==4.70.1", "urllib3==2.8.0",
+# ]
+# ///
 """Enrich a Kafka topic of IP addresses with city, region and country.
 
     python load_data.py                                             # seed the input topic with sample addresses
@@ -5,6 +12,8 @@
     GEOIP_DATABASE=city.mmdb python kafka_enrich.py                 # the same from a local City database
     KAFKA_TAIL=1 GEOIP_DATABASE=city.mmdb python kafka_enrich.py    # go on with what arrives, until a signal comes
     DELIVERY_GUARANTEE=exactly_once KAFKA_TAIL=1 GEOIP_DATABASE=city.mmdb python kafka_enrich.py
+    python kafka_enrich.py --check                                  # check what a start needs, and say what is there
+    GEOIP_DATABASE=city.mmdb python kafka_enrich.py 8.8.8.8         # what a record becomes; - reads lines from stdin
 
 Every copy of it is a member of one consumer group: start another one to share the work. Settings come from the
 environment, or from kafka_enrich.env beside this file.
@@ -13,7 +22,8 @@ environment, or from kafka_enrich.env beside this file.
     location    {"city": "Berlin", "region": "State of Berlin", "country_name": "Germany"}
     event       a record whose value is a JSON object, with IP_FIELD: b'{"id":1,"client":{"ip":"5.159.132.1"}}'
     result      what became of a record: located, tombstone, or why not: invalid_ip, reserved_ip, not_found ...
-    answer      the output's value and the result: (b'{"ip":"5.159.132.1","city":"Berlin",...}', "located")
+    answer      the output's value and the result: (b'{"ip":"5.159.132.1","city":"Berlin",...}', "located"), or
+                "located Germany" where countries are counted
 
 Exit codes: 0, done, or KAFKA_TAIL=1 was stopped by a signal; 1, Kafka or a look-up failed; 2, a setting is wrong;
 128 + n, signal n ended a bounded run early.
@@ -47,7 +57,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from logging.handlers import BufferingHandler
@@ -78,10 +88,12 @@ from confluent_kafka import (
 from confluent_kafka.admin import AclOperation, AdminClient
 from dotenv import dotenv_values
 from msgspec import Meta
-from prometheus_client import REGISTRY, Histogram, Metric, start_http_server
+from prometheus_client import REGISTRY, Histogram, Metric, make_wsgi_app, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 from requests.adapters import HTTPAdapter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from urllib3.util import Retry
 
 log = logging.getLogger("kafka_enrich")
@@ -117,14 +129,7 @@ class KafkaInputConfig(DynamicSource[Message]):
     """Reads a topic; each worker is a member of the consumer group."""
 
     def __init__(self, brokers: str, topic: str, tail: bool, workers: "list[Worker]") -> None:
-        """Choose what to read.
-
-        Args:
-            brokers: host:port, comma separated.
-            topic: its name.
-            tail: go on with what arrives, or end with what the topic holds at the start.
-            workers: what is shared with the output, by number.
-        """
+        """Choose what to read: with tail what arrives, too, or else what the topic holds at the start."""
         self._brokers, self._topic, self._tail, self._workers = brokers, topic, tail, workers
 
     def build(self, _step_id: str, worker_index: int, _worker_count: int) -> "KafkaInput":
@@ -154,6 +159,7 @@ COMMIT_LIMIT = 30.0  # s; what takes longer is done again with a new producer
 STOP_LIMIT = 5.0  # s that a stop waits for a rebalance to end; containers often give ten
 LEAVE_LIMIT = 1.5  # s; in the midst of a rebalance it can take longer, and the session times out anyway
 REMINDER_SECONDS = 60
+UNWELL_SECONDS = 60
 
 # What brokers answer where doing it again cannot help: of one record, or of all.
 RECORD_REFUSALS = {
@@ -201,14 +207,7 @@ class Worker:
     connect_producer: "Callable[[], Producer]"
 
     def __init__(self, settings: "Settings", process: str, number: int, stop: threading.Event) -> None:
-        """Connect nothing yet.
-
-        Args:
-            settings: all of them.
-            process: a name that no other process of the group has.
-            number: of this worker in its process.
-            stop: set when the program is to end.
-        """
+        """Connect nothing yet; the process has a name that no other of the group has, and stop is set to end it."""
         self.settings, self.number, self.stop = settings, number, stop
         self.name = f"{process}-{number}"  # in logs and of transactions
         self.under_way = 0  # records that were read and that the output has not taken
@@ -220,10 +219,13 @@ class Worker:
         self.refused: RunError | None = None
         self.batch_refused = self.one_by_one = False  # after a batch was refused records are sent one by one
         self.pending: Counter[str] = Counter()  # results since the last commit
-        self.counts = Counter(dict.fromkeys(RESULTS, 0))  # committed; other threads read it, so it never grows
-        self.commits = self.rebalances = 0
+        self.counts = Counter[str]()  # results that are committed
+        self.rebalances = self.refusals = 0
+        self.lag: dict[int, int] = {}  # by partition: records that are not committed
+        self.progress: tuple[int, int] | None = None  # of a bounded run: how many records are done, of how many
         self.last_commit = self.last_record = time.monotonic()
         self.trouble_since: float | None = None
+        self.trouble = ""
         self.reminder = 0.0
 
     def commit(self) -> bool:
@@ -245,6 +247,7 @@ class Worker:
         ]
         if self.broken or not offsets:
             return not self.broken
+        began = time.monotonic()
         try:
             self.flush()
             if self.settings.exactly_once:
@@ -260,8 +263,8 @@ class Worker:
         self.committed.update((offset.partition, offset.offset) for offset in offsets)
         self.counts.update(self.pending)
         self.pending.clear()
-        self.commits += 1
         self.last_commit = time.monotonic()
+        COMMIT_SECONDS.observe(self.last_commit - began)
         self.all_is_well()
         return True
 
@@ -344,6 +347,7 @@ class Worker:
         """Take the report of a record that did not get to its topic; of the others there is none."""
         if producer is not self.producer:  # it was given up, and its records are done again
             return
+        self.refusals += error.code() in REFUSALS
         if error.code() in REFUSALS and self.one_by_one:
             topic, partition, offset = record.topic(), record.partition(), record.offset() or 0
             advice = "mend that; nothing after it is committed"
@@ -413,7 +417,7 @@ class Worker:
 
     def in_trouble(self, reason: str) -> None:
         """Say that Kafka does not answer: once when it begins, and once a minute."""
-        now = time.monotonic()
+        now, self.trouble = time.monotonic(), reason
         if self.trouble_since is None:
             self.trouble_since = self.reminder = now
         if now >= self.reminder:
@@ -425,6 +429,16 @@ class Worker:
         if self.trouble_since is not None:
             log.info("worker %s goes on after %.0f s", self.name, time.monotonic() - self.trouble_since)
             self.trouble_since = None
+
+    def why_unwell(self) -> str | None:
+        """Say why it has not got on for a minute; None where all is well."""
+        now = time.monotonic()
+        if self.trouble_since is not None and now - self.trouble_since > UNWELL_SECONDS:
+            return f"worker {self.name} waits for Kafka: {self.trouble}"
+        silence = now - self.last_commit
+        if self.produced != self.committed and silence > UNWELL_SECONDS + self.settings.seconds_between_commits:
+            return f"worker {self.name} has committed nothing for {silence:.0f} s"
+        return None
 
     def leave(self) -> None:
         """Leave the group, so that the others need not wait for the session's time-out; if it fails, they do."""
@@ -466,16 +480,8 @@ def retire(producer: Producer) -> None:
 def within(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
     """Call something in a thread that can be left behind: neither librdkafka nor sockets keep all of their time-outs.
 
-    Args:
-        seconds: to wait.
-        call: what to call.
-        arguments: with what.
-
-    Returns:
-        what it returns.
-
     Raises:
-        TimeoutError: it did not return in time (librdkafka#5511 is one cause); and whatever it raises.
+        TimeoutError: it did not return in time (librdkafka#5511 is one cause).
     """
     thread = ThreadPoolExecutor(1)
     try:
@@ -520,6 +526,7 @@ class KafkaInput(StatelessSourcePartition[Message]):
         # Of a member that waits for a rebalance, brokers answer no question before that ends; of who only asks they do.
         self._asks = self._consumer if tail else Consumer(asking_properties(settings, brokers), logger=LIBRDKAFKA_LOG)
         self._remaining = None if tail else remaining(self._consumer, self._asks, topic)
+        self._total = sum(map(len, (self._remaining or {}).values()))
         self._ask_at = self._commit_at = self._resume_at = 0.0
         if self._remaining == {}:
             log.info(
@@ -550,6 +557,7 @@ class KafkaInput(StatelessSourcePartition[Message]):
             self._commit_at = now + worker.settings.seconds_between_commits
         if now >= self._ask_at:
             self._ask_at = now + ASK_SECONDS
+            worker.lag = self._lag()
             self._ask()
         records = [message for message in self._read() if message.error() is None or self._event(message)]
         if records:
@@ -640,10 +648,21 @@ class KafkaInput(StatelessSourcePartition[Message]):
                 return
             self._worker.all_is_well()
             if self._remaining is not None:
-                done = [part.partition for part in committed if part.offset >= self._remaining[part.partition]]
-                self._remaining = {part: end for part, end in self._remaining.items() if part not in done}
+                for part in committed:
+                    before = self._remaining.pop(part.partition)
+                    if part.offset < before.stop:
+                        self._remaining[part.partition] = range(max(part.offset, before.start), before.stop)
+                self._worker.progress = self._total - sum(map(len, self._remaining.values())), self._total
         if self._remaining == {}:
             raise StopIteration
+
+    def _lag(self) -> dict[int, int]:
+        """Count the records of each partition that are not committed, up to the end that the last fetch has told."""
+        lag, topic = {}, self._worker.settings.kafka_input_topic
+        for partition, offset in self._worker.committed.items():
+            _, end = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), cached=True)
+            lag[partition] = max(0, end - offset)
+        return lag
 
     def _stop(self) -> NoReturn:
         """Commit what was produced, and end; a rebalance that is under way has to end before that.
@@ -662,7 +681,7 @@ class KafkaInput(StatelessSourcePartition[Message]):
         raise StopIteration
 
 
-def remaining(consumer: Consumer, asks: Consumer, topic: str) -> dict[int, int]:
+def remaining(consumer: Consumer, asks: Consumer, topic: str) -> dict[int, range]:
     """Find what the group has not done yet.
 
     Args:
@@ -671,13 +690,13 @@ def remaining(consumer: Consumer, asks: Consumer, topic: str) -> dict[int, int]:
         topic: to be read.
 
     Returns:
-        by partition that has records which the group has not committed: the offset after its last record now.
+        by partition that has records which the group has not committed: their offsets, as far as there are any now.
     """
     found = {}
     for part in committed_offsets(asks, topic, asks.list_topics(topic, CONNECT_SECONDS).topics[topic].partitions):
         low, end = consumer.get_watermark_offsets(part, timeout=CONNECT_SECONDS)
-        if max(part.offset, low if part.offset < 0 else 0) < end:
-            found[part.partition] = end
+        if max(part.offset, low) < end:
+            found[part.partition] = range(max(part.offset, low), end)
     return found
 
 
@@ -806,25 +825,32 @@ class SettingsError(Exception):
     """A setting cannot be used; the message names it."""
 
 
+def like(pattern: str, description: str) -> Meta:
+    """Describe a text that is wholly like a pattern."""
+    return Meta(pattern=rf"^(?:{pattern})\Z", description=description)
+
+
 PORT = r"([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 HOST = r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])"
-Brokers = Annotated[
-    str,
-    Meta(
-        pattern=rf"^\s*{HOST}:{PORT}\s*(,\s*{HOST}:{PORT}\s*)*\Z",
-        description="host:port, comma separated",
-    ),
-]
-Topic = Annotated[
-    str,
-    Meta(pattern=r"^(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}\Z", description="a topic's name (1 to 249 of A-Z a-z 0-9 . _ -)"),
-]
-Text = Annotated[str, Meta(pattern=r"^[!-~]+\Z", description="visible characters")]
+BROKER = rf"\s*{HOST}:{PORT}\s*"
 NOT = r"\"\\\x00-\x1f\ud800-\udfff,"  # in names of members; msgspec has none with quotes, backslashes or controls
 MEMBER = rf"\s*[^{NOT}\s][^{NOT}]*"
 PATH = rf"\s*(/([^{NOT}~]|~[01])*|[^{NOT}./\s][^{NOT}.]*(\.[^{NOT}.]+)*)"
 FIELD = rf"\s*([a-z_]+|[A-Za-z0-9_]+={PATH})\s*"
-Workers = Annotated[int, Meta(ge=1, le=64, description="a whole number from 1 to 64")]
+Brokers = Annotated[str, like(rf"{BROKER}(,{BROKER})*", "host:port, comma separated")]
+Topic = Annotated[str, like(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}", "a topic's name (1 to 249 of A-Z a-z 0-9 . _ -)")]
+Group = Annotated[str, like(r"[!-~]{1,200}", "a consumer group's name")]
+Guarantee = Annotated[Literal["at_least_once", "exactly_once"], Meta(description="at_least_once or exactly_once")]
+Seconds = Annotated[float, Meta(ge=0.05, le=60, description="a number from 0.05 to 60")]
+Paths = Annotated[str, like(rf"{PATH}(,{PATH})*", "a path such as client.ip or /client/ip, or several")]
+Members = Annotated[str, like(rf"{MEMBER}(,{MEMBER})*", "the name of a member, or several")]
+Fields = Annotated[str, like(rf"{FIELD}(,{FIELD})*", "names of fields, or name=path, comma separated")]
+Files = Annotated[str, like("[^,]+(,[^,]+)*", "the path of an .mmdb file, or several, comma separated")]
+Language = Annotated[str, like("[a-z]{2}(-[A-Z]{2})?", "a language, as en or pt-BR")]
+URL = rf"https?://{HOST}(:{PORT})?(/[A-Za-z0-9._~:/%-]*)?"
+OnFailure = Annotated[Literal["mark", "stop", "wait"], Meta(description="mark, stop or wait")]
+Level = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], Meta(description="DEBUG, INFO, WARNING or ERROR")]
+Count = Annotated[int, Meta(ge=1, le=64, description="a whole number from 1 to 64")]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="upper"):
@@ -834,43 +860,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="upper"):
     kafka_input_topic: Topic = "ip_address_by_country"
     kafka_output_topic: Topic = "ip_address_by_location"
     kafka_error_topic: Topic = ""
-    kafka_group_id: Annotated[str, Meta(pattern=r"^[!-~]{1,200}\Z", description="a consumer group's name")] = ""
+    kafka_group_id: Group = ""
     kafka_tail: Annotated[bool, Meta(description="0 or 1")] = False
-    delivery_guarantee: Annotated[
-        Literal["at_least_once", "exactly_once"], Meta(description="at_least_once or exactly_once")
-    ] = "at_least_once"
-    commit_seconds: Annotated[float, Meta(ge=0.05, le=60, description="a number from 0.05 to 60")] = 0
-    ip_field: Annotated[
-        str, Meta(pattern=rf"^{PATH}(,{PATH})*\Z", description="a path such as client.ip or /client/ip, or several")
-    ] = ""
-    location_field: Annotated[
-        str, Meta(pattern=rf"^{MEMBER}(,{MEMBER})*\Z", description="the name of a member, or several")
-    ] = "location"
-    fields: Annotated[
-        str, Meta(pattern=rf"^{FIELD}(,{FIELD})*\Z", description="names of fields, or name=path, comma separated")
-    ] = "city,region,country_name"
-    geoip_database: Annotated[
-        str, Meta(pattern=r"^[^,]+(,[^,]+)*\Z", description="the path of an .mmdb file, or several, comma separated")
-    ] = ""
-    geoip_language: Annotated[
-        str, Meta(pattern=r"^[a-z]{2}(-[A-Z]{2})?\Z", description="a language, as en or pt-BR")
-    ] = "en"
-    ipapi_url: Annotated[
-        str,
-        Meta(
-            pattern=rf"^https?://{HOST}(:{PORT})?(/[A-Za-z0-9._~:/%-]*)?\Z",
-            description="http(s)://host[:port][/path], without a key",
-        ),
-    ] = "https://ipapi.co"
-    ipapi_key: Text = ""
-    on_lookup_failed: Annotated[Literal["mark", "stop", "wait"], Meta(description="mark, stop or wait")] = "mark"
+    delivery_guarantee: Guarantee = "at_least_once"
+    commit_seconds: Seconds = 0
+    ip_field: Paths = ""
+    location_field: Members = "location"
+    fields: Fields = "city,region,country_name"
+    geoip_database: Files = ""
+    geoip_language: Language = "en"
+    ipapi_url: Annotated[str, like(URL, "http(s)://host[:port][/path], without a key")] = "https://ipapi.co"
+    ipapi_key: Annotated[str, like("[!-~]+", "visible characters")] = ""
+    on_lookup_failed: OnFailure = "mark"
     cache_size: Annotated[int, Meta(ge=0, le=10_000_000, description="a whole number from 0 to 10000000")] = 100_000
-    log_level: Annotated[
-        Literal["DEBUG", "INFO", "WARNING", "ERROR"], Meta(description="DEBUG, INFO, WARNING or ERROR")
-    ] = "INFO"
+    log_level: Level = "INFO"
     metrics_port: Annotated[int, Meta(ge=1, le=65_535, description="a port from 1 to 65535")] = 0
-    processes: Workers = 1
-    bytewax_workers_per_process: Workers = 1
+    processes: Count = 1
+    bytewax_workers_per_process: Count = 1
     kafka_client: dict[str, str] = {}
     kafka_consumer: dict[str, str] = {}
     kafka_producer: dict[str, str] = {}
@@ -923,14 +929,12 @@ FORMER = {
 # What auto.offset.reset may be, in librdkafka's words.
 EARLIEST, LATEST = ("earliest", "beginning", "smallest"), ("latest", "end", "largest")
 # Properties that carry the guarantee, and what decides instead.
+OF_DELIVERY = """
+    acks request.required.acks enable.idempotence delivery.report.only.error delivery.timeout.ms message.timeout.ms
+    transaction.timeout.ms transactional.id isolation.level
+"""
 GUARDED = {
-    **dict.fromkeys(
-        (
-            "acks request.required.acks enable.idempotence delivery.report.only.error delivery.timeout.ms "
-            "message.timeout.ms transaction.timeout.ms transactional.id isolation.level"
-        ).split(),
-        "DELIVERY_GUARANTEE",
-    ),
+    **dict.fromkeys(OF_DELIVERY.split(), "DELIVERY_GUARANTEE"),
     **dict.fromkeys(("bootstrap.servers", "metadata.broker.list"), "KAFKA_BROKERS"),
     **dict.fromkeys(("enable.auto.commit", "enable.auto.offset.store"), "COMMIT_SECONDS"),
     "default.topic.config": "each property by its own name",
@@ -942,13 +946,6 @@ GUARDED = {
 
 def with_settings_file(env: Mapping[str, str], path: Path) -> dict[str, str]:
     """Add to the environment what a settings file says, of which the environment has the last word.
-
-    Args:
-        env: such as os.environ.
-        path: a file of NAME=value lines; it need not be there.
-
-    Returns:
-        both.
 
     Raises:
         SettingsError: the file cannot be read, or a line of it is no setting; values are not shown.
@@ -966,13 +963,7 @@ def with_settings_file(env: Mapping[str, str], path: Path) -> dict[str, str]:
 
 
 def read_settings(env: Mapping[str, str]) -> Settings:
-    """Read the settings from a mapping such as os.environ.
-
-    Args:
-        env: values by name; a name that is absent takes its default.
-
-    Returns:
-        the settings.
+    """Read the settings from a mapping such as os.environ, in which those that are absent take their defaults.
 
     Raises:
         SettingsError: some of them cannot be used; the message has a line for each.
@@ -1005,10 +996,8 @@ def contradictions(settings: Settings) -> list[str]:
     ip_field, location_field = f"IP_FIELD={settings.ip_field!r}", f"LOCATION_FIELD={settings.location_field!r}"
     topics, error_topic = (settings.kafka_input_topic, settings.kafka_output_topic), settings.kafka_error_topic
     fields = [field.partition("=")[::2] for field in split_names(settings.fields)]
-    titles, unknown = (
-        [title for title, _ in fields],
-        [title for title, path in fields if not path and title not in FIELDS],
-    )
+    titles = [title for title, _ in fields]
+    unknown = [title for title, path in fields if not path and title not in FIELDS]
     rules = (
         (unknown, f"FIELDS={settings.fields!r}: {', '.join(unknown)} is none of {', '.join(FIELDS)}, nor name=path"),
         (len(set(titles)) < len(titles), f"FIELDS={settings.fields!r} has a name twice"),
@@ -1177,28 +1166,21 @@ Locate = Callable[[str, bool], Location]  # of an address as sources are asked, 
 Read = Callable[[object], object]  # takes what stands in a record, and returns None where it says nothing
 
 
-def as_text(value: object) -> str | None:
-    """Read a text; placeholders say nothing."""
-    found = value.strip() if isinstance(value, str) else ""
-    return found if found not in ("", "-", "ZZ") else None
+def text_like(pattern: str) -> Callable[[object], str | None]:
+    """Make a function that reads a text which is wholly like a pattern; placeholders say nothing."""
+    matches = re.compile(pattern).fullmatch
+
+    def read(value: object) -> str | None:
+        found = value.strip() if isinstance(value, str) else ""
+        return found if found not in ("", "-", "ZZ") and matches(found) else None
+
+    return read
 
 
-def as_name(value: object) -> str | None:
-    """Read a name where there may be the code of a country."""
-    found = as_text(value)
-    return found if found and not re.fullmatch("[A-Z]{2}", found) else None
-
-
-def as_code(value: object) -> str | None:
-    """Read the code of a country or a continent where there may be a name."""
-    found = as_text(value)
-    return found if found and re.fullmatch("[A-Z]{2}", found) else None
-
-
-def as_region_code(value: object) -> str | None:
-    """Read the code of a region where there may be a name."""
-    found = as_text(value)
-    return found if found and re.fullmatch("[A-Z0-9]{1,3}", found) else None
+as_text = text_like("(?s:.+)")
+as_code = text_like("[A-Z]{2}")  # of a country or a continent, where there may be a name
+as_name = text_like("(?s:(?![A-Z]{2}$).+)")  # where there may be a code
+as_region_code = text_like("[A-Z0-9]{1,3}")
 
 
 def as_number(value: object) -> float | None:
@@ -1265,9 +1247,6 @@ def location_reader(fields: str, language: str) -> Callable[[object], Location]:
     Args:
         fields: names of FIELDS, or name=path for what these do not have, comma separated.
         language: of names; where one is missing in it English counts, or else any.
-
-    Returns:
-        the function.
     """
     places: dict[str, list[tuple[Read, list[str]]]] = {}
     for field in split_names(fields):
@@ -1332,6 +1311,7 @@ class Database(NamedTuple):
     find: Callable[[str], Location | None]  # None for an address of which it knows none of the fields
     path: str
     mark: tuple[int, ...]  # what tells the file from another one in its place
+    kind: str
     built: datetime
 
 
@@ -1351,9 +1331,6 @@ def open_database(path: str, read_location: Callable[[object], Location], with_n
         read_location: reads the fields that are wanted.
         with_network: whether the network is one of them.
 
-    Returns:
-        the database.
-
     Raises:
         DatabaseError: it cannot be used.
     """
@@ -1372,8 +1349,7 @@ def open_database(path: str, read_location: Callable[[object], Location], with_n
     if not known:
         raise DatabaseError(f"{path}, {metadata.database_type}, has none of FIELDS")
     log.info("locating with %s, %s of %s", path, metadata.database_type, built.date())
-
-    return Database(finder(reader, path, read_location, with_network), path, mark, built)
+    return Database(finder(reader, path, read_location, with_network), path, mark, metadata.database_type, built)
 
 
 def knows_any(reader: maxminddb.Reader, read_location: Callable[[object], Location]) -> bool:
@@ -1502,7 +1478,12 @@ class Databases:
 
 def timed(settings: "Settings", locate: Locate) -> Locate:
     """Count the seconds of look-ups, where there are metrics."""
-    return LOOKUP_SECONDS.time()(locate) if settings.metrics_port else locate
+
+    def locate_timed(address: str, public: bool) -> Location:
+        with LOOKUP_SECONDS.time():
+            return locate(address, public)
+
+    return locate_timed if settings.metrics_port else locate
 
 
 def follow_files(settings: "Settings", databases: Databases, locations: "Locations") -> NoReturn:
@@ -1548,18 +1529,19 @@ class HttpApi:
         if time.monotonic() < self._paused_until:
             raise LookupFailed(f"{self._url} is left alone")
         try:
-            location = self._read(fields_in(*within(LOOKUP_LIMIT, self._ask, address)))
+            found = location_in(*within(LOOKUP_LIMIT, self._ask, address))
         except (OSError, ValueError, urllib3.exceptions.HTTPError, LookupFailed) as error:  # requests' are OSErrors
-            # Errors of requests are not shown as they are: they quote the URL, and it holds the key.
             failure = error if isinstance(error, LookupFailed) else LookupFailed(cause_of(error))
-            self._note(failure)
+            self._failures += 1
+            pause = failure.pause or (PAUSE_SECONDS if self._failures >= FAILURES_IN_A_ROW else 0)
+            if pause and time.monotonic() >= self._paused_until:
+                self._paused_until = time.monotonic() + pause
+                log.warning("%s: %s; left alone for %.0f s", self._url, failure, pause)
             raise failure from None
-        except NotLocated:
-            self._failures = 0
-            raise
         self._failures = 0
-        if not any(value is not None for value in location.values()):
-            raise NotLocated("not_found")
+        location = self._read(found)
+        if isinstance(found, str) or all(value is None for value in location.values()):
+            raise NotLocated(found if isinstance(found, str) else "not_found")
         return location
 
     def _ask(self, address: str) -> tuple[int, str | None, bytes]:
@@ -1570,17 +1552,9 @@ class HttpApi:
             body = response.raw.read(LARGEST_REPLY + 1, decode_content=True)
             return response.status_code, response.headers.get("Retry-After"), body[:LARGEST_REPLY]
 
-    def _note(self, failure: LookupFailed) -> None:
-        """Count a failure, and pause where the API wants that or has failed too often; a pause is logged once."""
-        self._failures += 1
-        pause = failure.pause or (PAUSE_SECONDS if self._failures >= FAILURES_IN_A_ROW else 0)
-        if pause and time.monotonic() >= self._paused_until:
-            self._paused_until = time.monotonic() + pause
-            log.warning("%s: %s; left alone for %.0f s", self._url, failure, pause)
-
 
 def cause_of(error: BaseException) -> str:
-    """Say why a request failed, without the URL that requests puts into its errors."""
+    """Say why a request failed, without the URL that requests puts into its errors: it holds the key."""
     if type(error) is OSError:  # of requests itself: a file of certificates that is not there
         return str(error)
     while error.__context__ is not None and not (isinstance(error, OSError) and error.errno):
@@ -1589,34 +1563,24 @@ def cause_of(error: BaseException) -> str:
     return (error.strerror or os.strerror(number)) if isinstance(error, OSError) and number else type(error).__name__
 
 
-def fields_in(status: int, retry_after: str | None, body: bytes) -> dict[str, object]:
-    """Read the fields of a reply, its error before them: the API sends errors with status 200 too.
-
-    Args:
-        status: of HTTP.
-        retry_after: the header.
-        body: of any kind; it may come from a proxy in front of the API.
+def location_in(status: int, retry_after: str | None, body: bytes) -> dict[str, object] | str:
+    """Read a reply, its error first: the API sends errors with status 200 too, and proxies send anything.
 
     Returns:
-        the fields.
-
-    Raises:
-        NotLocated: what the reply says.
-        LookupFailed: it is no answer about the address.
+        its fields, or the result if it says that there are none; a LookupFailed is raised if it says neither.
     """
     try:
         fields = msgspec.json.decode(body)
     except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict):
         fields = {}
+    fields = fields if isinstance(fields, dict) else {}
     if status == 200 and not fields.get("error") and fields.keys() >= OF_EVERY_REPLY:
         return fields
     reason = str(fields.get("reason")).casefold()
     if reason in ("reserved ip address", "invalid ip address"):
-        raise NotLocated("reserved_ip" if reason.startswith("reserved") else "invalid_ip")
+        return "reserved_ip" if reason.startswith("reserved") else "invalid_ip"
     if status == 404 and "reason" in fields:  # any other page that is not there speaks of a wrong IPAPI_URL
-        raise NotLocated("not_found")
+        return "not_found"
     if status in (401, 403, 429) or reason == "ratelimited":
         waits = (seconds_in(retry_after), seconds_in(str(fields.get("wait"))), PAUSE_SECONDS)
         wanted = next(wait for wait in waits if wait is not None)
@@ -1658,6 +1622,8 @@ class Locations:
         """Choose where to look, and what records are: addresses, or events that hold some."""
         self._on_failure = settings.on_lookup_failed
         self._nowhere: Location = dict.fromkeys(field.partition("=")[0] for field in split_names(settings.fields))
+        countries = [field for field in ("country_code", "country_name") if field in self._nowhere]
+        self._country = countries[0] if countries and settings.metrics_port else None
         self._told = set[str]()
         self._answer: Callable[[bytes, Remembered], Answer] = self._find
         self._write: Callable[[str, Location, str | None], bytes] = to_json
@@ -1720,7 +1686,7 @@ class Locations:
             return event, "missing_ip"
         brace = event.rindex(b"}")
         enriched = b"".join((event[:brace], *members, event[brace:]))
-        return enriched, "located" if "located" in results else results[0]
+        return enriched, next((result for result in results if result.startswith("located")), results[0])
 
     def _find(self, address: bytes | str, remembered: "Remembered") -> tuple[bytes, str]:
         """Find what goes out for an address, if it can be one from what is remembered; failures are not.
@@ -1749,7 +1715,9 @@ class Locations:
         ip = text_of(address)
         try:
             ip, asked, public = find_address(ip)
-            return self._write(ip, locate(asked, public), None), "located"
+            location = locate(asked, public)
+            country = location[self._country] if self._country else None
+            return self._write(ip, location, None), sys.intern(f"located {country}") if country else "located"
         except NotLocated as reason:
             return self._write(ip, self._nowhere, reason.result), reason.result
 
@@ -1878,23 +1846,64 @@ def address_in(field: object) -> str:
 # --- Counts and metrics -----------------------------------------------------------------------------------------
 
 REPORT_SECONDS = 10
+COUNTRIES = 250  # in the metrics; a database of one's own may have anything for a country
+
+
+def counted(workers: list[Worker]) -> tuple[Counter[str], Counter[str]]:
+    """Count the records that are committed, by result, and where METRICS_PORT is set those located by country."""
+    results, countries = Counter[str](), Counter[str]()
+    for worker in workers:
+        for result, count in list(worker.counts.items()):  # a copy: its worker goes on counting
+            result, _, country = result.partition(" ")
+            results[result] += count
+            if country:
+                countries[country] += count
+    return results, countries
 
 
 def summary(workers: list[Worker], locations: Locations) -> str:
     """Say what became of the records that are committed."""
-    counts = sum((worker.counts for worker in workers), Counter[str]())
+    counts, _ = counted(workers)
     results = ", ".join(f"{counts[result]} {result}" for result in RESULTS if counts[result])
     return f"{counts.total()} records{': ' if results else ''}{results}; {locations.hits()} from the cache"
 
 
-def report(workers: list[Worker], locations: Locations) -> NoReturn:
-    """Log every ten seconds what became of the records."""
+def report(workers: list[Worker], locations: Locations, over: threading.Event) -> None:
+    """Log every ten seconds what became of the records, and how many wait."""
     before = 0
-    while True:
-        time.sleep(REPORT_SECONDS)
+    while not over.wait(REPORT_SECONDS):
         records = sum(worker.counts.total() for worker in workers)
-        log.info("%.0f/s; %s", (records - before) / REPORT_SECONDS, summary(workers, locations))
+        lag = sum(sum(worker.lag.values()) for worker in workers)
+        log.info("%.0f/s, lag %d; %s", (records - before) / REPORT_SECONDS, lag, summary(workers, locations))
         before = records
+
+
+def show_progress(worker: Worker, over: threading.Event) -> None:
+    """Show on a terminal how far the group has come with a bounded run, as one of its workers sees it."""
+    with logging_redirect_tqdm(), tqdm(unit=" records") as bar:
+        last = False
+        while not last:
+            last = over.wait(ASK_SECONDS)
+            if worker.progress:
+                done, bar.total = worker.progress
+                bar.update(done - bar.n)
+
+
+@contextmanager
+def watched(workers: list[Worker], locations: Locations) -> Iterator[None]:
+    """Show how the workers get on, and say in the end what became of the records."""
+    over = threading.Event()
+    watch = threading.Thread(target=report, args=[workers, locations, over])
+    alone = multiprocessing.parent_process() is None
+    if alone and sys.stderr.isatty() and not workers[0].settings.kafka_tail:
+        watch = threading.Thread(target=show_progress, args=[workers[0], over])
+    watch.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watch.join()
+        log.info("%s", summary(workers, locations))
 
 
 class Metrics(Collector):
@@ -1906,18 +1915,26 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Take the numbers of this moment."""
-        counts = sum((worker.counts for worker in self._workers), Counter[str]())
+        results, countries = counted(self._workers)
         records = CounterMetricFamily(
             "kafka_enrich_records", "Records committed, by what became of them.", labels=["result"]
         )
         for result in RESULTS:
-            records.add_metric([result], counts[result])
+            records.add_metric([result], results[result])
         yield records
+        located = CounterMetricFamily("kafka_enrich_located", "Those located, by country.", labels=["country"])
+        for country, count in countries.most_common(COUNTRIES):
+            located.add_metric([country], count)
+        yield located
+        lag = GaugeMetricFamily("kafka_enrich_lag_records", "Records that are not committed.", labels=["partition"])
+        for partition, count in [its for worker in self._workers for its in sorted(worker.lag.items())]:
+            lag.add_metric([str(partition)], count)
+        yield lag
         now = time.monotonic()
         for name, text, count in (
             ("cache_hits", "Addresses answered from the cache.", self._locations.hits()),
-            ("commits", "Commits of offsets.", sum(worker.commits for worker in self._workers)),
             ("rebalances", "Times that partitions came or went.", sum(worker.rebalances for worker in self._workers)),
+            ("refused_records", "Records that a topic refused.", sum(worker.refusals for worker in self._workers)),
         ):
             yield CounterMetricFamily(f"kafka_enrich_{name}", text, count)
         newest = max(worker.last_record for worker in self._workers)
@@ -1942,21 +1959,32 @@ class Metrics(Collector):
         yield InfoMetricFamily("kafka_enrich_build", "Versions.", {**versions, **build})
 
 
+COMMIT_SECONDS = Histogram("kafka_enrich_commit_seconds", "Commits, each with all that was produced since the last.")
 LOOKUP_SECONDS = Histogram("kafka_enrich_lookup_seconds", "Look-ups that the cache had no answer to.")
 SCRIPT_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-def serve_metrics(port: int, metrics: Metrics) -> None:
-    """Serve metrics on a port.
+def serve_metrics(port: int, metrics: Metrics, workers: list[Worker]) -> None:
+    """Serve metrics on a port, and on /healthz whether the workers get on.
 
     Raises:
         SettingsError: the port is in use.
     """
     REGISTRY.register(metrics)
     try:
-        start_http_server(port)
+        server, _ = start_http_server(port)
     except OSError as error:
         raise SettingsError(f"METRICS_PORT={port} cannot be used: {error.strerror}") from None
+    serve = make_wsgi_app()
+
+    def serve_health(environ: dict[str, Any], start_response: Any) -> Any:
+        if environ["PATH_INFO"] != "/healthz":
+            return serve(environ, start_response)
+        reasons = [reason for worker in workers if (reason := worker.why_unwell())]
+        start_response("503 Service Unavailable" if reasons else "200 OK", [("Content-Type", "text/plain")])
+        return [f"{'; '.join(reasons) or 'ok'}\n".encode()]
+
+    server.set_app(serve_health)
 
 
 # --- The program ------------------------------------------------------------------------------------------------
@@ -1968,9 +1996,6 @@ STOP_SECONDS = 8.0  # after a signal; containers often give ten
 
 def check_kafka(settings: Settings) -> None:
     """See that the brokers answer, and that the topics and the group may be used, before the dataflow starts.
-
-    Args:
-        settings: all of them.
 
     Raises:
         RunError: they do not, or may not.
@@ -1987,9 +2012,8 @@ def check_kafka(settings: Settings) -> None:
         consumer = Consumer(asking_properties(settings, brokers), logger=logger)
         admin = AdminClient(client, logger=logger)
     except KafkaException as error:
-        raise SettingsError(
-            f"a KAFKA_CLIENT_, _CONSUMER_ or _PRODUCER_ property is wrong: {reason_of(error)}"
-        ) from None
+        its = "a KAFKA_CLIENT_, _CONSUMER_ or _PRODUCER_ property is wrong"
+        raise SettingsError(f"{its}: {reason_of(error)}") from None
     try:
         check_topics(settings, admin, [producer, consumer, admin], said)
         if {**settings.kafka_client, **settings.kafka_consumer}.get("auto.offset.reset") in LATEST:
@@ -2011,14 +2035,7 @@ def check_files(settings: Settings) -> None:
 
 
 def check_topics(settings: Settings, admin: AdminClient, clients: list[Any], said: BufferingHandler) -> None:
-    """See that the topics are there, and that they and the group may be used; errors as check_kafka has them.
-
-    Args:
-        settings: all of them.
-        admin: asks.
-        clients: all that may have something to say of their connections.
-        said: gets it.
-    """
+    """See that the topics are there, and that they and the group may be used; said gets what the clients log."""
     topics = {settings.kafka_input_topic: AclOperation.READ, **dict.fromkeys(settings.written, AclOperation.WRITE)}
     seconds = {"request_timeout": CONNECT_SECONDS}
     group = admin.describe_consumer_groups([settings.group], **seconds)[settings.group]
@@ -2079,10 +2096,6 @@ def open_locations(settings: Settings) -> tuple[Locations, Databases | None]:
 def run_process(settings: Settings, opened: tuple[Locations, Databases | None]) -> int:
     """Run the workers of one process, until they are done or a signal comes.
 
-    Args:
-        settings: of this process.
-        opened: what open_locations returned.
-
     Returns:
         the exit code.
 
@@ -2095,23 +2108,22 @@ def run_process(settings: Settings, opened: tuple[Locations, Databases | None]) 
     name = f"{socket.gethostname()}-{free_slot(settings.group)}"
     workers = [Worker(settings, name, number, stop) for number in range(settings.bytewax_workers_per_process)]
     if settings.metrics_port:
-        serve_metrics(settings.metrics_port, Metrics(workers, locations, databases))
-    threading.Thread(target=report, args=[workers, locations], daemon=True).start()
+        serve_metrics(settings.metrics_port, Metrics(workers, locations, databases), workers)
     if databases:
         threading.Thread(target=follow_files, args=[settings, databases, locations], daemon=True).start()
-    try:
-        run_dataflow(settings, workers, locations)
-    except (BytewaxRuntimeError, KafkaException, TimeoutError) as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # the engine wraps what a step raises
-            cause = cause.__cause__
-        if isinstance(cause, (KafkaException, TimeoutError)):
-            cause = RunError(f"Kafka at {settings.kafka_brokers} (KAFKA_BROKERS): {reason_of(cause)}")
-        raise cause from None
-    finally:
-        for worker in workers:
-            worker.leave()
-        log.info("%s", summary(workers, locations))
+    with watched(workers, locations):
+        try:
+            run_dataflow(settings, workers, locations)
+        except (BytewaxRuntimeError, KafkaException, TimeoutError) as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # the engine wraps what a step raises
+                cause = cause.__cause__
+            if isinstance(cause, (KafkaException, TimeoutError)):
+                cause = RunError(f"Kafka at {settings.kafka_brokers} (KAFKA_BROKERS): {reason_of(cause)}")
+            raise cause from None
+        finally:
+            for worker in workers:
+                worker.leave()
     return 128 + received[0] if received and not settings.kafka_tail else 0
 
 
@@ -2160,19 +2172,11 @@ SLOTS: list[socket.socket] = []  # open as long as the process lives
 
 
 def run_processes(settings: Settings) -> int:
-    """Run several processes, and end with the first that fails, or when all are done.
-
-    Args:
-        settings: with the number of processes.
-
-    Returns:
-        the exit code.
-    """
+    """Run several processes, end with the first that fails, or when all are done, and return the exit code."""
     stop, received = stop_on_signals()
     spawn = multiprocessing.get_context("spawn")  # a fork would take over librdkafka's clients without their threads
-    children = [
-        spawn.Process(target=run_child, args=[its_settings(settings, number)]) for number in range(settings.processes)
-    ]
+    each = [its_settings(settings, number) for number in range(settings.processes)]
+    children = [spawn.Process(target=run_child, args=[its]) for its in each]
     for child in children:
         child.start()
     failed = None
@@ -2188,11 +2192,9 @@ def run_processes(settings: Settings) -> int:
                 log.error("process %d of %d ended with %d", children.index(child), len(children), child.exitcode)
     if failed:
         return 2 if failed.exitcode == 2 else 1
-    return (
-        128 + received[0]
-        if received and not settings.kafka_tail
-        else max(abs(child.exitcode or 0) for child in children)
-    )
+    if received and not settings.kafka_tail:
+        return 128 + received[0]
+    return max(abs(child.exitcode or 0) for child in children)
 
 
 def its_settings(settings: Settings, number: int) -> Settings:
@@ -2229,7 +2231,8 @@ def exit_code_of(run: Callable[[], int]) -> int:
 
 def leave(exit_code: int) -> NoReturn:
     """End the process without waiting for librdkafka's clients, whose end can hang when all is committed and said."""
-    sys.stdout.flush()
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
 
@@ -2245,20 +2248,12 @@ def help_text() -> str:
     """Write what --help prints: the top of this file, and the settings."""
     hints = get_type_hints(Settings, include_extras=True)
     lines = [f"  {name:27}  {hints[field].__metadata__[0].description}" for name, field in NAMES.items()]
-    return "\n".join(
-        [
-            __doc__ or "",
-            "Settings:\n",
-            *lines,
-            *(f"  {prefix + '*':27}  a property of librdkafka" for prefix in PROPERTIES),
-        ]
-    )
+    lines += [f"  {prefix + '*':27}  a property of librdkafka" for prefix in PROPERTIES]
+    return "\n".join([__doc__ or "", "Settings:\n", *lines])
 
 
 def enrich(settings: Settings) -> int:
     """Check what can be checked before the start, and run; what is returned and raised is run_process's."""
-    for signum in (signal.SIGINT, signal.SIGTERM):  # nothing is under way yet
-        signal.signal(signum, lambda number, _frame: leave(0 if settings.kafka_tail else 128 + number))
     log.info("%s", settings)
     for line in doubtful_names(os.environ):
         log.warning("%s", line)
@@ -2270,15 +2265,50 @@ def enrich(settings: Settings) -> int:
     return run_processes(settings)
 
 
-def main() -> int:
-    """Run the program.
+def check(settings: Settings) -> int:
+    """Do every check of a start, and print what it found; what is raised is run_process's."""
+    _, databases = open_locations(settings)
+    check_kafka(settings)
+    brokers, topic, group = settings.kafka_brokers, settings.kafka_input_topic, settings.group
+    asks = Consumer(asking_properties(settings, brokers), logger=LIBRDKAFKA_LOG)
+    admin = AdminClient({**settings.kafka_client, "bootstrap.servers": brokers}, logger=LIBRDKAFKA_LOG)
+    members = 0
+    with suppress(KafkaException):  # of a group that nobody has joined yet
+        members = len(admin.describe_consumer_groups([group])[group].result(CONNECT_SECONDS).members)
+    found = asks.list_topics(timeout=CONNECT_SECONDS)
+    print(f"brokers: {', '.join(sorted(str(broker) for broker in found.brokers.values()))}")
+    for name in (topic, *settings.written):
+        print(f"topic {name}: {len(found.topics[name].partitions)} partitions")
+    lag = sum(map(len, remaining(asks, asks, topic).values()))
+    print(f"group {group}: {members or 'no'} members, lag {lag}")
+    for database in databases.in_use if databases else ():
+        print(f"database {database.path}: {database.kind} of {database.built.date()}")
+    print(f"fields: {', '.join(split_names(settings.fields))}")
+    return 0
 
-    Returns:
-        its exit code, as the top of this file has them.
-    """
-    parser = argparse.ArgumentParser(add_help=False, usage="python kafka_enrich.py [--help]")
-    parser.add_argument("-h", "--help", action="store_true")
-    if parser.parse_args().help:
+
+def try_out(settings: Settings, values: Iterable[bytes]) -> int:
+    """Print what records with these values become; nothing is asked of Kafka."""
+    locations, _ = open_locations(settings)
+    with suppress(BrokenPipeError):  # nobody reads it any more, as in `| head`
+        for number, value in enumerate(values):
+            record = Message(topic="values", partition=0, offset=number, value=value.rstrip(b"\r\n"))
+            while (answer := locations.get_location(record)[1])[1] == WAITS:
+                time.sleep(RETRY_SECONDS)
+            sys.stdout.buffer.write((answer[0] or b"") + b"\n")
+            sys.stdout.flush()
+    return 0
+
+
+def main() -> int:
+    """Run the program, and return its exit code, as the top of this file has them."""
+    parser = argparse.ArgumentParser(add_help=False, usage="python kafka_enrich.py [--help | --check | value ... | -]")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("-h", "--help", action="store_true")
+    what.add_argument("--check", action="store_true")
+    what.add_argument("values", nargs="*", type=os.fsencode, default=[])
+    arguments = parser.parse_args()
+    if arguments.help:
         print(help_text())
         return 0
     try:
@@ -2288,7 +2318,12 @@ def main() -> int:
             print(f"kafka_enrich.py: {line}", file=sys.stderr)
         return 2
     set_up_logging(settings)
-    return exit_code_of(lambda: enrich(settings))
+    for signum in (signal.SIGINT, signal.SIGTERM):  # nothing is under way yet
+        signal.signal(signum, lambda number, _frame: leave(0 if settings.kafka_tail else 128 + number))
+    if arguments.values:
+        values = sys.stdin.buffer if arguments.values == [b"-"] else arguments.values
+        return exit_code_of(lambda: try_out(settings, values))
+    return exit_code_of(lambda: check(settings) if arguments.check else enrich(settings))
 
 
 if __name__ == "__main__":

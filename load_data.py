@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10,<3.13"
+# dependencies = ["kafka-python==3.0.12", "tqdm==4.70.1"]
+# ///
 """Load rows of ip,country into the Kafka topic that kafka_enrich.py reads: key = country, value = address.
 
 python load_data.py                 # the sample, misc/ip_address_w_country.txt

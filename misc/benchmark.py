@@ -310,6 +310,7 @@ def contestants(folder: Path, database: str) -> list[Contestant]:
         Contestant(f"{THIS}, events of 450 bytes", this, EVENTS),
         Contestant(f"{THIS}, PROCESSES=2", this, {"PROCESSES": "2"}),
         Contestant(f"{THIS}, KAFKA_TAIL=1", this, {"KAFKA_TAIL": "1"}),
+        Contestant("its records untouched", [sys.executable, f"{here}/untouched.py"], {"CACHE_SIZE": "0"}),
         Contestant(
             "the engine's own Kafka connectors",
             [sys.executable, "-m", "bytewax.run", f"{here}/bytewax_connectors.py"],
@@ -404,7 +405,10 @@ def race(broker: str, competing: Sequence[Contestant], records: int, rounds: int
         run = measure(admin, broker, contestant, topic, records)
         if number == 0:
             written = checksum(broker, topic, records)
-            if written != right.setdefault(contestant.environment.get("KAFKA_INPUT_TOPIC"), written):
+            same = (
+                contestant.name if "untouched" in contestant.name else contestant.environment.get("KAFKA_INPUT_TOPIC")
+            )
+            if written != right.setdefault(same, written):
                 sys.exit(f"benchmark.py: {contestant.name} and {THIS} wrote different records")
         admin.delete_topics([topic])[topic].result()
         runs.setdefault(contestant.name, []).append(run)

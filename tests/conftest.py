@@ -207,8 +207,6 @@ class Reply(NamedTuple):
     status: int = 200
     headers: Mapping[str, str] = MappingProxyType({})
     delay: float = 0
-    seconds_between_bytes: float = 0
-    seconds_between_header_bytes: float = 0
 
 
 class Api(ThreadingHTTPServer):
@@ -241,21 +239,12 @@ class Handler(BaseHTTPRequestHandler):
         self.server.clients.add(self.client_address)
         reply = self.server.reply(self.path)
         time.sleep(reply.delay)
-        if reply.seconds_between_header_bytes:
-            for byte in b"HTTP/1.1 200 OK\r\n" * 10:
-                self.wfile.write(bytes([byte]))
-                time.sleep(reply.seconds_between_header_bytes)
         self.send_response(reply.status)
         for name, value in reply.headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(reply.body)))
         self.end_headers()
-        if reply.seconds_between_bytes:
-            for byte in reply.body:
-                self.wfile.write(bytes([byte]))
-                time.sleep(reply.seconds_between_bytes)
-        else:
-            self.wfile.write(reply.body)
+        self.wfile.write(reply.body)
 
     def log_message(self, *_arguments: Any) -> None:
         """Keep quiet."""

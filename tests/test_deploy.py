@@ -164,7 +164,7 @@ def served(environment: Mapping[str, str], path: str = "/metrics") -> str:
 
 def has_committed(environment: Mapping[str, str]) -> bool:
     metrics = served(environment, POD["containers"][0]["startupProbe"]["httpGet"]["path"])
-    return bool(re.search(r"^kafka_enrich_commits_total [1-9]", metrics, re.M))
+    return bool(re.search(r"^kafka_enrich_commit_seconds_count [1-9]", metrics, re.M))
 
 
 @pytest.mark.timeout(600)
@@ -188,6 +188,19 @@ def test_image_runs_the_loader(image: Image, topic_names: Topics) -> None:
 def test_manifests_are_valid() -> None:
     for document in (CONFIG_MAP, DEPLOYMENT):
         kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_scaler_reads_the_lag_of_the_group_of_the_deployment() -> None:
+    [scaler] = documents("keda.yaml")
+    settings, kafka = read_settings(CONFIG_MAP["data"]), scaler["spec"]["triggers"][0]["metadata"]
+    assert scaler["spec"]["scaleTargetRef"]["name"] == DEPLOYMENT["metadata"]["name"]
+    assert (kafka["bootstrapServers"], kafka["topic"]) == (settings.kafka_brokers, settings.kafka_input_topic)
+    assert kafka["consumerGroup"] == settings.group
+    behavior = scaler["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    scaled = {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": {"name": "kafka-enrich"}}
+    target = {"kind": "Deployment", "name": scaler["spec"]["scaleTargetRef"]["name"]}
+    spec = {"scaleTargetRef": target, "maxReplicas": scaler["spec"]["maxReplicaCount"], "behavior": behavior}
+    kubernetes_validate.validate({**scaled, "spec": spec}, kubernetes_validate.latest_version(), strict=True)
 
 
 def test_rolling_update_enriches_each_record_once(image: Image, topics: Topics) -> None:
@@ -270,9 +283,15 @@ def test_metrics_that_are_watched_exist(image: Image, topics: Topics) -> None:
     assert len(watched) > 8
     environment = on_the_topics_of(topics, ENRICHER["environment"])
     image.start(image.command, environment)
-    wait_until(lambda: bool(served(environment)))
-    metrics = served(environment)
-    assert {name for name in watched if not re.search(rf"^{name}\b", metrics, re.M)} == set()
+    topics.write([(b"key", b"2001:1b68::1")])
+
+    def missing() -> set[str]:
+        metrics = served(environment)
+        return {name for name in watched if not re.search(rf"^{name}\b", metrics, re.M)}
+
+    wait_until(lambda: "kafka_enrich_located_total{" in served(environment))
+    wait_until(lambda: "kafka_enrich_lag_records{" in served(environment))  # it is counted twice a second
+    assert missing() == set()
     assert (scrape["scrape_configs"][0]["job_name"], scrape["rule_files"]) == ("kafka_enrich", ["alerts.yml"])
 
 

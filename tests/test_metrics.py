@@ -2,12 +2,15 @@
 
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from conftest import SAMPLE_DATABASE, Program, Topics, ended, wait_until
-from kafka_server import accepts_connections, free_port
+from conftest import BROKER_SETTINGS, SAMPLE_DATABASE, Api, Program, Reply, Topics, ended, program, wait_until
+from kafka_server import KafkaServer, accepts_connections, free_port
 from test_kafka_enrich import shares
 
 
@@ -17,6 +20,8 @@ def get(port: int, path: str = "/metrics") -> str:
         with urllib.request.urlopen(f"http://localhost:{port}{path}", timeout=10) as response:
             body: bytes = response.read()
             return body.decode()
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
     except urllib.error.URLError:
         return ""
 
@@ -51,7 +56,8 @@ def test_metrics_count_what_becomes_of_records(topics: Topics, kafka_enrich_prog
     assert found["kafka_enrich_cache_hits_total"] == 1
     assert found["kafka_enrich_cache_entries"] == 4
     assert found["kafka_enrich_lookup_seconds_count"] == 3  # of addresses
-    assert found["kafka_enrich_commits_total"] >= 1
+    assert found["kafka_enrich_commit_seconds_count"] >= 1
+    assert found["kafka_enrich_located_total Türkiye"] == 2
     assert found["kafka_enrich_rebalances_total"] == 1
     assert found[f"kafka_enrich_database_build_timestamp_seconds {SAMPLE_DATABASE}"] > 1.6e9
     assert found["kafka_enrich_database_swaps_total used"] == found["kafka_enrich_database_swaps_total refused"] == 0
@@ -75,6 +81,50 @@ def test_record_without_a_value_that_comes_alone_is_counted(topics: Topics, kafk
     process.terminate()
     assert ended(process).exit_code == 0
     assert topics.end_offset() == 2
+
+
+def test_lag_and_countries(topics: Topics, kafka_enrich_program: Program, api: Api) -> None:
+    """Where its source fails and is waited for, what has arrived is what is not committed."""
+    api.reply = lambda _path: Reply(status=503)
+    port = free_port()
+    process = kafka_enrich_program.start(
+        **topics.environment(),
+        KAFKA_TAIL="1",
+        IPAPI_URL=api.url,
+        ON_LOOKUP_FAILED="wait",
+        METRICS_PORT=str(port),
+        FIELDS="city,country_name,country_code",
+    )
+    wait_until(lambda: samples(port).get("kafka_enrich_rebalances_total") == 1)
+    wait_until(lambda: sum(name.startswith("kafka_enrich_lag_records ") for name in samples(port)) == 4)
+    topics.write([(b"%d" % number, b"8.8.8.8") for number in range(100)])
+
+    def lag() -> float:
+        return sum(value for name, value in samples(port).items() if name.startswith("kafka_enrich_lag_records "))
+
+    wait_until(lambda: lag() == 100)
+    located = b'{"city": "Mountain View", "region": "", "country_name": "United States", "country_code": "US"}'
+    api.reply = lambda _path: Reply(located)
+    wait_until(lambda: samples(port).get("kafka_enrich_located_total US") == 100, 90)
+    wait_until(lambda: lag() == 0)
+    process.terminate()
+    assert ended(process).exit_code == 0
+
+
+@pytest.mark.timeout(600)
+def test_health_tells_when_brokers_are_away_for_a_minute(tmp_path: Path) -> None:
+    with KafkaServer(settings=BROKER_SETTINGS) as server, contextmanager(program)(tmp_path, "kafka_enrich.py") as its:
+        topics = Topics(server.address, "in", "out")
+        topics.create("in")
+        topics.create("out")
+        port = free_port()
+        database = {"GEOIP_DATABASE": str(SAMPLE_DATABASE)}
+        process = its.start(**topics.environment(), **database, KAFKA_TAIL="1", METRICS_PORT=str(port))
+        wait_until(lambda: get(port, "/healthz") == "ok\n")
+        server.kill()
+        wait_until(lambda: "waits for Kafka: " in get(port, "/healthz"), 120)
+        assert get(port).startswith("# HELP")
+        process.kill()
 
 
 def counted(port: int, result: str) -> bool:
