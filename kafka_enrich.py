@@ -34,6 +34,7 @@ import bisect
 import codecs
 import difflib
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import ipaddress
@@ -56,14 +57,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from logging.handlers import BufferingHandler
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeAlias, TypedDict, TypeVar, get_type_hints
 
 import bytewax.operators as op
 import maxminddb
@@ -75,21 +76,12 @@ from bytewax.errors import BytewaxRuntimeError
 from bytewax.inputs import DynamicSource, StatelessSourcePartition
 from bytewax.outputs import DynamicSink, StatelessSinkPartition
 from bytewax.testing import cluster_main
-from confluent_kafka import (
-    OFFSET_BEGINNING,
-    Consumer,
-    KafkaError,
-    KafkaException,
-    Message,
-    Producer,
-    TopicCollection,
-    TopicPartition,
-)
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AclOperation, AdminClient
 from dotenv import dotenv_values
 from msgspec import Meta
-from prometheus_client import REGISTRY, Histogram, Metric, make_wsgi_app, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client import REGISTRY, Histogram, Info, Metric, make_wsgi_app, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
@@ -97,6 +89,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from urllib3.util import Retry
 
 log = logging.getLogger("kafka_enrich")
+LIBRDKAFKA_LOG = logging.getLogger("kafka_enrich.librdkafka")  # some twenty lines a second while a broker is away
 T = TypeVar("T")
 
 Answer = tuple[bytes | None, str]  # the output's value, and the result
@@ -119,10 +112,8 @@ def run_dataflow(settings: "Settings", workers: "list[Worker]", locations: "Loca
     # (the same Message, (b'{"ip":"5.159.132.1","city":"Berlin",...}', "located"))
     op.output("located", located, KafkaOutputConfig(brokers, settings.kafka_output_topic, workers))
     # on the output topic: the same key, headers and timestamp with the new value; committed by Worker.commit
-    cluster_main(flow, addresses=[], proc_id=0, epoch_interval=NEVER, worker_count_per_proc=len(workers))
-
-
-NEVER = timedelta(days=10_000)  # the consumer group keeps the place, so no epoch has to end
+    never = timedelta(days=10_000)  # the consumer group keeps the place, so no epoch has to end
+    cluster_main(flow, addresses=[], proc_id=0, epoch_interval=never, worker_count_per_proc=len(workers))
 
 
 class KafkaInputConfig(DynamicSource[Message]):
@@ -141,7 +132,6 @@ class KafkaOutputConfig(DynamicSink[Enriched]):
     """Writes to a topic, and commits."""
 
     def __init__(self, brokers: str, topic: str, workers: "list[Worker]") -> None:
-        """Choose where to write; arguments as KafkaInputConfig has them."""
         self._brokers, self._topic, self._workers = brokers, topic, workers
 
     def build(self, _step_id: str, worker_index: int, _worker_count: int) -> "KafkaOutput":
@@ -156,40 +146,29 @@ ASK_SECONDS = 0.5  # how often a bounded run asks what the group has committed
 RETRY_SECONDS = 0.5
 TRANSACTION_SECONDS = 15  # after a kill readers of committed records wait so long, so it is near the session's time-out
 COMMIT_LIMIT = 30.0  # s; what takes longer is done again with a new producer
-STOP_LIMIT = 5.0  # s that a stop waits for a rebalance to end; containers often give ten
 LEAVE_LIMIT = 1.5  # s; in the midst of a rebalance it can take longer, and the session times out anyway
-REMINDER_SECONDS = 60
-UNWELL_SECONDS = 60
+UNWELL_SECONDS = 60  # after which it says so, again and again
+
+
+def codes(names: str) -> set[int]:
+    """Find the codes of Kafka's errors by their names."""
+    return {getattr(KafkaError, name) for name in names.split()}
+
 
 # What brokers answer where doing it again cannot help: of one record, or of all.
-RECORD_REFUSALS = {
-    KafkaError.INVALID_MSG,
-    KafkaError.INVALID_MSG_SIZE,
-    KafkaError.INVALID_RECORD,
-    KafkaError.INVALID_TIMESTAMP,
-    KafkaError.MSG_SIZE_TOO_LARGE,
-    KafkaError.POLICY_VIOLATION,
-    KafkaError.RECORD_LIST_TOO_LARGE,
-}
-REFUSALS = RECORD_REFUSALS | {
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-    KafkaError.UNSUPPORTED_COMPRESSION_TYPE,
-    KafkaError._UNKNOWN_PARTITION,
-    KafkaError._UNKNOWN_TOPIC,
-}
+RECORD_REFUSALS = codes(
+    "INVALID_MSG INVALID_MSG_SIZE INVALID_RECORD INVALID_TIMESTAMP MSG_SIZE_TOO_LARGE POLICY_VIOLATION "
+    "RECORD_LIST_TOO_LARGE"
+)
+REFUSALS = RECORD_REFUSALS | codes(
+    "CLUSTER_AUTHORIZATION_FAILED GROUP_AUTHORIZATION_FAILED TOPIC_AUTHORIZATION_FAILED UNKNOWN_TOPIC_OR_PART "
+    "TRANSACTIONAL_ID_AUTHORIZATION_FAILED UNSUPPORTED_COMPRESSION_TYPE _UNKNOWN_PARTITION _UNKNOWN_TOPIC"
+)
 # Why a member cannot join its group: what another one took over, has chosen, or what the brokers forbid.
-GROUP_REFUSALS = {
-    KafkaError._FATAL,
-    KafkaError.FENCED_INSTANCE_ID,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
-    KafkaError.INCONSISTENT_GROUP_PROTOCOL,
-    KafkaError.INVALID_SESSION_TIMEOUT,
-}
-REBALANCING = {KafkaError.ILLEGAL_GENERATION, KafkaError.REBALANCE_IN_PROGRESS, KafkaError.UNKNOWN_MEMBER_ID}
+GROUP_REFUSALS = codes(
+    "_FATAL FENCED_INSTANCE_ID GROUP_AUTHORIZATION_FAILED INCONSISTENT_GROUP_PROTOCOL INVALID_SESSION_TIMEOUT"
+)
+REBALANCING = codes("ILLEGAL_GENERATION REBALANCE_IN_PROGRESS UNKNOWN_MEMBER_ID")
 
 
 class RunError(Exception):
@@ -204,12 +183,14 @@ class Worker:
 
     consumer: Consumer
     producer: Producer
-    connect_producer: "Callable[[], Producer]"
+    producer_properties: dict[str, Any]
 
     def __init__(self, settings: "Settings", process: str, number: int, stop: threading.Event) -> None:
         """Connect nothing yet; the process has a name that no other of the group has, and stop is set to end it."""
         self.settings, self.number, self.stop = settings, number, stop
         self.name = f"{process}-{number}"  # in logs and of transactions
+        self.in_group = False
+        self.attempt = 0  # of its producers, the one in use
         self.under_way = 0  # records that were read and that the output has not taken
         self.produced: dict[int, int] = {}  # by partition: the offset after the last record that was produced
         self.unread: dict[int, int] = {}  # by partition: the first record that waits for the source of locations
@@ -223,7 +204,7 @@ class Worker:
         self.rebalances = self.refusals = 0
         self.lag: dict[int, int] = {}  # by partition: records that are not committed
         self.progress: tuple[int, int] | None = None  # of a bounded run: how many records are done, of how many
-        self.last_commit = self.last_record = time.monotonic()
+        self.last_commit = self.last_record = self.up_to_date = time.monotonic()
         self.trouble_since: float | None = None
         self.trouble = ""
         self.reminder = 0.0
@@ -232,13 +213,8 @@ class Worker:
         """Commit what was produced: the whole delivery guarantee, in the order in which it happens.
 
         At least once: offsets are committed when the brokers have acknowledged all records before them; a kill between
-        the two repeats those. Exactly once: records and offsets become visible together, or never.
-
-        Returns:
-            False where it did not work: it is tried again the next time, or everything since the last one done again.
-
-        Raises:
-            RunError: the output topic refused a record; nothing after it is committed.
+        the two repeats those. Exactly once: records and offsets become visible together, or never. False where it did
+        not work: it is tried again the next time, or everything since the last one done again.
         """
         offsets = [
             TopicPartition(self.settings.kafka_input_topic, partition, offset)
@@ -246,6 +222,8 @@ class Worker:
             if offset != self.committed.get(partition)
         ]
         if self.broken or not offsets:
+            if not self.broken:
+                self.up_to_date = time.monotonic()
             return not self.broken
         began = time.monotonic()
         try:
@@ -263,7 +241,7 @@ class Worker:
         self.committed.update((offset.partition, offset.offset) for offset in offsets)
         self.counts.update(self.pending)
         self.pending.clear()
-        self.last_commit = time.monotonic()
+        self.last_commit = self.up_to_date = time.monotonic()
         COMMIT_SECONDS.observe(self.last_commit - began)
         self.all_is_well()
         return True
@@ -273,12 +251,10 @@ class Worker:
 
         A transaction's commit would do that too, but does not notice before its time-out that one was refused.
         """
-        limit, unacknowledged = time.monotonic() + COMMIT_LIMIT, len(self.producer)
-        while left := self.producer.flush(0.5):
-            if left < unacknowledged:
-                limit, unacknowledged = time.monotonic() + COMMIT_LIMIT, left
-            if self.refused or self.broken or time.monotonic() > limit:
-                break
+        limit, before = time.monotonic() + COMMIT_LIMIT, len(self.producer)
+        while (left := self.producer.flush(0.5)) and time.monotonic() < limit and not (self.refused or self.broken):
+            if left < before:
+                limit, before = time.monotonic() + COMMIT_LIMIT, left
         if left or self.refused or self.broken:
             raise TimeoutError(self.broken or f"no record was acknowledged for {COMMIT_LIMIT:.0f} s")
 
@@ -299,32 +275,25 @@ class Worker:
             self.in_trouble(reason)
 
     def do_again(self) -> None:
-        """Go back to the committed offsets with a new producer, which aborts what the old one left open.
-
-        Raises:
-            KafkaException, TimeoutError: Kafka does not answer; the worker is still broken.
-        """
+        """Go back to the committed offsets with a new producer, which aborts what the old one left open."""
         if self.settings.exactly_once:
             self.learn_why()
-        self.one_by_one = self.one_by_one or self.batch_refused
-        old, self.producer = self.producer, self.connect_producer()
-        threading.Thread(target=retire, args=[old], daemon=True).start()
-        self.begin_transactions()
+        if self.batch_refused and not self.one_by_one:
+            self.one_by_one = True
+            log.warning("worker %s sends each record by itself now, as a batch was refused", self.name)
+        threading.Thread(target=retire, args=[self.producer], daemon=True).start()
+        self.connect_producer()
         for position in self.consumer.committed(self.consumer.assignment(), timeout=COMMIT_LIMIT):
             if position.error:
                 raise KafkaException(position.error)
-            position.offset = max(position.offset, OFFSET_BEGINNING)  # nothing committed is lower
+            position.offset = max(position.offset, -2)  # the beginning, where nothing is committed
             self.consumer.seek(position)
         for forgotten in (self.produced, self.committed, self.pending):
             forgotten.clear()
         self.broken = None
 
     def learn_why(self) -> None:
-        """Ask a transaction that failed why: the reports of its records only say that they were purged.
-
-        Raises:
-            RunError: a record or its topic was refused, and it is known that doing it again does not help.
-        """
+        """Ask a transaction that failed why: the reports of its records only say that they were purged."""
         anything = [TopicPartition(self.settings.kafka_input_topic, 0, 0)]  # it is never committed
         member = self.consumer.consumer_group_metadata()
         try:
@@ -337,31 +306,33 @@ class Worker:
                 raise RunError(f"topic {topics} cannot be written: {reason_of(error)}") from None
             self.batch_refused = True
 
-    def begin_transactions(self) -> None:
-        """Begin the first transaction of a producer, where there are any; errors as do_again."""
+    def connect_producer(self) -> None:
+        """Connect a producer, and begin its first transaction where there are any."""
+        self.attempt += 1
+        batch = {"batch.num.messages": 1} if self.one_by_one else {}
+        calls = {"error_cb": self.complain, "on_delivery": functools.partial(self.undelivered, self.attempt, None)}
+        self.producer = Producer({**self.producer_properties, **batch, **calls}, logger=LIBRDKAFKA_LOG)
         if self.settings.exactly_once:
             within(COMMIT_LIMIT, self.producer.init_transactions, COMMIT_LIMIT)
             self.producer.begin_transaction()
 
-    def undelivered(self, producer: Producer, record: Message, error: KafkaError, output: Message) -> None:
+    def undelivered(self, attempt: int, record: Message | None, error: KafkaError, output: Message) -> None:
         """Take the report of a record that did not get to its topic; of the others there is none."""
-        if producer is not self.producer:  # it was given up, and its records are done again
+        if attempt != self.attempt:  # its producer was given up, and its records are done again
             return
         self.refusals += error.code() in REFUSALS
-        if error.code() in REFUSALS and self.one_by_one:
+        if error.code() in REFUSALS and record is not None:
             topic, partition, offset = record.topic(), record.partition(), record.offset() or 0
             advice = "mend that; nothing after it is committed"
             if error.code() in RECORD_REFUSALS:
-                advice = (
-                    f"mend that (max.message.bytes?), or skip the record: kafka-consumer-groups.sh --group "
-                    f"{self.settings.group} --topic {topic}:{partition} --reset-offsets --to-offset {offset + 1} "
-                    "--execute"
-                )
+                skip = f"--topic {topic}:{partition} --reset-offsets --to-offset {offset + 1} --execute"
+                command = f"kafka-consumer-groups.sh --group {self.settings.group} {skip}"
+                advice = f"mend that (max.message.bytes?), or skip the record: {command}"
             self.refused = self.refused or RunError(
                 f"{topic}[{partition}] offset {offset} is refused by topic {output.topic()!r}: {error.str()}; {advice}"
             )
         else:
-            # All records of a batch have the same report, so only one by one do they tell which was refused.
+            # All records of a batch have the same report, so only those sent one by one tell which was refused.
             self.batch_refused = self.batch_refused or error.code() in REFUSALS
             self.broken = self.broken or error.str()
 
@@ -379,36 +350,31 @@ class Worker:
             log.info("worker %s: the source of locations answers again", self.name)
         return answered
 
-    def assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Say which partitions have come to this worker."""
+    def assigned(self, _consumer: Consumer, _partitions: list[TopicPartition]) -> None:
+        """Count that partitions have come."""
         self.rebalances += 1
-        numbers = {part.partition for part in [*consumer.assignment(), *partitions]}
-        log.info("worker %s reads partitions %s", self.name, sorted(numbers))
 
-    def revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def revoked(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Commit before another member reads on; no exception may leave a callback."""
         try:
             self.commit()
         except RunError as error:
             self.refused = error
-        self.left(consumer, partitions)
+        self.left(partitions)
 
-    def lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Give up what is not committed: another member may have begun with it."""
         if self.settings.exactly_once and self.produced != self.committed:
             self.broken = "partitions were lost"
         log.warning("worker %s was put out of the group, and joins again", self.name)
-        self.left(consumer, partitions)
+        self.left(partitions)
 
-    def left(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def left(self, partitions: list[TopicPartition]) -> None:
         """Forget how far partitions have come that belong to others now."""
         self.rebalances += 1
-        gone = {part.partition for part in partitions}
-        for partition in gone:
-            self.produced.pop(partition, None)
-            self.committed.pop(partition, None)
-        kept = {part.partition for part in consumer.assignment()} - gone
-        log.info("worker %s reads partitions %s", self.name, sorted(kept))
+        for part in partitions:
+            for known in (self.produced, self.committed, self.lag):
+                known.pop(part.partition, None)
 
     def complain(self, error: KafkaError) -> None:
         """Take what librdkafka says of its connections; one broker away of several is no trouble."""
@@ -421,7 +387,7 @@ class Worker:
         if self.trouble_since is None:
             self.trouble_since = self.reminder = now
         if now >= self.reminder:
-            self.reminder = now + REMINDER_SECONDS
+            self.reminder = now + UNWELL_SECONDS
             log.warning("worker %s waits for Kafka: %s", self.name, reason)
 
     def all_is_well(self) -> None:
@@ -435,28 +401,31 @@ class Worker:
         now = time.monotonic()
         if self.trouble_since is not None and now - self.trouble_since > UNWELL_SECONDS:
             return f"worker {self.name} waits for Kafka: {self.trouble}"
-        silence = now - self.last_commit
-        if self.produced != self.committed and silence > UNWELL_SECONDS + self.settings.seconds_between_commits:
-            return f"worker {self.name} has committed nothing for {silence:.0f} s"
+        waiting = now - self.up_to_date
+        if waiting > UNWELL_SECONDS + self.settings.seconds_between_commits:
+            return f"worker {self.name} has committed nothing for {waiting:.0f} s"
         return None
 
     def leave(self) -> None:
         """Leave the group, so that the others need not wait for the session's time-out; if it fails, they do."""
-        if hasattr(self, "consumer"):
+        if self.in_group:
+            self.in_group = False  # a second call of close would take the consumer away from under the first
             with suppress(KafkaException, TimeoutError, RuntimeError):
                 within(LEAVE_LIMIT, self.consumer.close)
 
 
-def committed_offsets(consumer: Consumer, topic: str, numbers: Iterable[int]) -> list[TopicPartition]:
-    """Ask what the group has committed, again while its coordinator is about to begin.
-
-    Raises:
-        KafkaException: it does not say.
-    """
+def committed_offsets(consumer: Consumer, topic: str) -> list[TopicPartition]:
+    """Ask what the group has committed, again while its coordinator is about to begin."""
     limit = time.monotonic() + CONNECT_SECONDS
+    parts = [
+        TopicPartition(topic, its) for its in consumer.list_topics(topic, CONNECT_SECONDS).topics[topic].partitions
+    ]
     while True:
         try:
-            return consumer.committed([TopicPartition(topic, number) for number in numbers], timeout=CONNECT_SECONDS)
+            found = consumer.committed(parts, timeout=CONNECT_SECONDS)
+            if failed := [part.error for part in found if part.error]:
+                raise KafkaException(failed[0])
+            return found
         except KafkaException as error:
             if code_of(error) in REFUSALS or time.monotonic() > limit:
                 raise
@@ -478,18 +447,13 @@ def retire(producer: Producer) -> None:
 
 
 def within(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
-    """Call something in a thread that can be left behind: neither librdkafka nor sockets keep all of their time-outs.
-
-    Raises:
-        TimeoutError: it did not return in time (librdkafka#5511 is one cause).
-    """
+    """Call something in a thread that can be left behind: librdkafka (#5511) and sockets do not keep all time-outs."""
     thread = ThreadPoolExecutor(1)
-    try:
-        return thread.submit(call, *arguments).result(seconds)
-    except FutureTimeoutError:
-        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
-    finally:
-        thread.shutdown(wait=False)
+    called = thread.submit(call, *arguments)
+    thread.shutdown(wait=False)
+    if not wait([called], seconds).done:
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+    return called.result()
 
 
 def reason_of(error: BaseException) -> str:
@@ -504,12 +468,6 @@ def code_of(error: BaseException | None) -> int | None:
     return cause.code() if isinstance(cause, KafkaError) else None
 
 
-def is_trouble(message: Message) -> bool:
-    """Tell what a consumer says of itself from records and from ends of partitions."""
-    error = message.error()
-    return error is not None and error.code() != KafkaError._PARTITION_EOF
-
-
 class KafkaInput(StatelessSourcePartition[Message]):
     """What one worker reads."""
 
@@ -520,14 +478,16 @@ class KafkaInput(StatelessSourcePartition[Message]):
             {**consumer_properties(settings, brokers, worker.number), "error_cb": worker.complain},
             logger=LIBRDKAFKA_LOG,
         )
+        worker.in_group = True
         # A look-up over HTTP may take seconds, and between two batches the group and a stop get their turn.
         self._batch_size = 1_000 if settings.geoip_database else 1
         self._ends: dict[int, int] = {}  # by partition: the offset after its last record, when there is no next one
         # Of a member that waits for a rebalance, brokers answer no question before that ends; of who only asks they do.
-        self._asks = self._consumer if tail else Consumer(asking_properties(settings, brokers), logger=LIBRDKAFKA_LOG)
+        self._asks = self._consumer if tail else Consumer(consumer_properties(settings, brokers), logger=LIBRDKAFKA_LOG)
         self._remaining = None if tail else remaining(self._consumer, self._asks, topic)
         self._total = sum(map(len, (self._remaining or {}).values()))
         self._ask_at = self._commit_at = self._resume_at = 0.0
+        self._rebalances = 0
         if self._remaining == {}:
             log.info(
                 "nothing new for KAFKA_GROUP_ID=%s; another one, or one that is reset, does all again", settings.group
@@ -545,8 +505,10 @@ class KafkaInput(StatelessSourcePartition[Message]):
         for partition, end in self._ends.items():
             worker.produced[partition] = max(end, worker.produced.get(partition, 0))
         self._ends.clear()
-        if worker.stop.is_set():
-            self._stop()
+        if worker.stop.is_set():  # exactly once, what is not committed is aborted, and whoever reads on does it again
+            while not worker.commit() and not worker.settings.exactly_once:
+                self._consumer.poll(0.1)  # a rebalance that is under way has to end before a commit
+            raise StopIteration
         if worker.refused:
             raise worker.refused
         if worker.broken:
@@ -557,9 +519,15 @@ class KafkaInput(StatelessSourcePartition[Message]):
             self._commit_at = now + worker.settings.seconds_between_commits
         if now >= self._ask_at:
             self._ask_at = now + ASK_SECONDS
-            worker.lag = self._lag()
+            worker.lag = {  # up to the ends that the last fetch has told
+                part.partition: max(0, self._consumer.get_watermark_offsets(part, cached=True)[1] - offset)
+                for number, offset in worker.committed.items()
+                for part in [TopicPartition(worker.settings.kafka_input_topic, number)]
+            }
             self._ask()
-        records = [message for message in self._read() if message.error() is None or self._event(message)]
+            if self._remaining == {}:  # the group has committed the end of every partition as it was at the start
+                raise StopIteration
+        records = [its for its in self._read() if (error := its.error()) is None or self._event(its, error)]
         if records:
             worker.last_record = now
         worker.under_way = len(records)
@@ -571,28 +539,27 @@ class KafkaInput(StatelessSourcePartition[Message]):
         if self._resume_at and time.monotonic() >= self._resume_at:
             consumer.resume(consumer.assignment())
             self._resume_at = 0.0
-        rebalances = worker.rebalances
         messages = consumer.consume(self._batch_size, 0)
         if not messages:
             if self._remaining is not None:
                 worker.commit()  # so that a bounded run does not wait for its end
             message = consumer.poll(IDLE_SECONDS)
             messages = [] if message is None else [message]  # one without a value is false
-        if rebalances != worker.rebalances:  # of partitions that have just left, the next owner reads it
-            owned = {part.partition for part in consumer.assignment()}
-            messages = [message for message in messages if message.partition() in owned or is_trouble(message)]
+        if self._rebalances != worker.rebalances:  # of partitions that have just left, the next owner reads it
+            self._rebalances = worker.rebalances
+            owned = {part.partition for part in consumer.assignment()} | {None}  # and what concerns no partition
+            messages = [message for message in messages if message.partition() in owned]
             self._resume_at = self._resume_at or time.monotonic()  # one that comes back may still be paused
+            numbers = sorted(part.partition for part in consumer.assignment())
+            log.info("worker %s reads partitions %s", worker.name, numbers)
         return messages
 
     def close(self) -> None:
         """Leave the group when the input ends: the other members' rebalance would wait for one that nobody polls."""
         self._worker.leave()
 
-    def _event(self, message: Message) -> bool:
+    def _event(self, message: Message, error: KafkaError) -> bool:
         """Take a message that is no record but an event of the consumer."""
-        error = message.error()
-        if error is None:
-            return True
         if error.code() == KafkaError._PARTITION_EOF:
             self._ends[message.partition() or 0] = message.offset() or 0
         elif error.fatal() or error.code() in GROUP_REFUSALS:
@@ -619,8 +586,8 @@ class KafkaInput(StatelessSourcePartition[Message]):
     def _do_again(self) -> list[Message]:
         """Try to get the worker whole again; what the consumer returns meanwhile is read again after that."""
         message = self._consumer.poll(RETRY_SECONDS)
-        if message is not None and is_trouble(message):
-            self._event(message)
+        if message is not None and (error := message.error()):
+            self._event(message, error)
         try:
             self._worker.do_again()
         except (KafkaException, TimeoutError) as error:
@@ -631,69 +598,29 @@ class KafkaInput(StatelessSourcePartition[Message]):
         return []
 
     def _ask(self) -> None:
-        """Ask the group for its offsets: a bounded run ends with them, and they tell when trouble is over.
-
-        Raises:
-            StopIteration: the group has committed the end of every partition as it was at the start.
-        """
-        if self._remaining is None and self._worker.trouble_since is None:
+        """Ask the group for its offsets: a bounded run ends with them, and they tell when trouble is over."""
+        if not self._remaining and self._worker.trouble_since is None:
             return
-        if self._remaining == {}:
-            raise StopIteration
         topic = self._worker.settings.kafka_input_topic
         partitions = [TopicPartition(topic, number) for number in self._remaining or [0]]
         with suppress(KafkaException):
             committed = self._asks.committed(partitions, timeout=ASK_SECONDS)
             if any(part.error for part in committed):
                 return
-            self._worker.all_is_well()
-            if self._remaining is not None:
+            if self._worker.produced == self._worker.committed:  # else the next commit tells
+                self._worker.all_is_well()
+            if self._remaining:
                 for part in committed:
                     before = self._remaining.pop(part.partition)
                     if part.offset < before.stop:
                         self._remaining[part.partition] = range(max(part.offset, before.start), before.stop)
                 self._worker.progress = self._total - sum(map(len, self._remaining.values())), self._total
-        if self._remaining == {}:
-            raise StopIteration
-
-    def _lag(self) -> dict[int, int]:
-        """Count the records of each partition that are not committed, up to the end that the last fetch has told."""
-        lag, topic = {}, self._worker.settings.kafka_input_topic
-        for partition, offset in self._worker.committed.items():
-            _, end = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), cached=True)
-            lag[partition] = max(0, end - offset)
-        return lag
-
-    def _stop(self) -> NoReturn:
-        """Commit what was produced, and end; a rebalance that is under way has to end before that.
-
-        Raises:
-            StopIteration: the stream is over.
-            RunError: what is not committed will be produced once more.
-        """
-        limit = time.monotonic() + STOP_LIMIT
-        while not self._worker.commit():
-            if self._worker.settings.exactly_once:  # it is aborted, and whoever reads on does it again
-                break
-            if time.monotonic() > limit:
-                raise RunError("stopped while Kafka was away: the next start repeats what was not committed")
-            self._consumer.poll(0.1)
-        raise StopIteration
 
 
 def remaining(consumer: Consumer, asks: Consumer, topic: str) -> dict[int, range]:
-    """Find what the group has not done yet.
-
-    Args:
-        consumer: finds the ends, before transactions of others that are open.
-        asks: finds what the group has committed, also where a transaction of its own is open.
-        topic: to be read.
-
-    Returns:
-        by partition that has records which the group has not committed: their offsets, as far as there are any now.
-    """
+    """Find, by partition, the offsets that the group has not committed yet, up to those that consumer may read."""
     found = {}
-    for part in committed_offsets(asks, topic, asks.list_topics(topic, CONNECT_SECONDS).topics[topic].partitions):
+    for part in committed_offsets(asks, topic):
         low, end = consumer.get_watermark_offsets(part, timeout=CONNECT_SECONDS)
         if max(part.offset, low) < end:
             found[part.partition] = range(max(part.offset, low), end)
@@ -704,47 +631,33 @@ class KafkaOutput(StatelessSinkPartition[Enriched]):
     """What one worker writes."""
 
     def __init__(self, worker: Worker, brokers: str, topic: str) -> None:
-        """Connect a producer, and begin its first transaction where there are any."""
+        """Connect a producer."""
         self._worker, self._topic = worker, topic
         self._error_topic = worker.settings.kafka_error_topic
         self._errors = set(RESULTS) - {"located", "tombstone"} if self._error_topic else set[str]()
-        properties = producer_properties(worker.settings, brokers, worker.name)
-
-        def connect() -> Producer:
-            batch = {"batch.num.messages": 1} if worker.one_by_one else {}
-            return Producer({**properties, **batch, "error_cb": worker.complain}, logger=LIBRDKAFKA_LOG)
-
-        worker.connect_producer = connect
-        worker.producer = connect()
-        worker.begin_transactions()
+        worker.producer_properties = producer_properties(worker.settings, brokers, worker.name)
+        worker.connect_producer()
 
     def write_batch(self, items: list[Enriched]) -> None:
         """Produce records, each with the key, the headers and the timestamp of what came in."""
         worker = self._worker
         producer, produced, pending = worker.producer, worker.produced, worker.pending
-        report = functools.partial(worker.undelivered, producer)
+        report = functools.partial(worker.undelivered, worker.attempt)
         worker.under_way -= len(items)
         if worker.settings.on_lookup_failed == "wait":
             items = worker.set_aside(items)
-        topic = self._topic
         try:
             for record, (value, result) in items:
                 topic, headers = self._topic, record.headers()
                 if result in self._errors:
                     topic, value = self._error_topic, record.value()
                     headers = [*(headers or ()), *error_headers(record, result)]
-                produce = functools.partial(
-                    producer.produce,
-                    topic,
-                    value,
-                    record.key(),
-                    on_delivery=functools.partial(report, record),
-                    timestamp=max(record.timestamp()[1], 0),  # a record without one has -1, and 0 is now
-                    headers=headers,
-                )
+                # A call-back for each record takes as long as all the rest, so it is had where it is needed.
+                named = functools.partial(report, record) if worker.one_by_one else None
+                moment = max(record.timestamp()[1], 0)  # a record without one has -1, and 0 is now
                 while True:
                     try:
-                        produce()
+                        producer.produce(topic, value, record.key(), -1, named, None, moment, headers)
                         break
                     except BufferError:  # the queue is full: wait for the brokers
                         producer.poll(0.1)
@@ -761,13 +674,12 @@ def error_headers(record: Message, error: str) -> list[tuple[str, bytes]]:
     return [(f"kafka_enrich.{name}", str(value).encode()) for name, value in values.items()]
 
 
-LIBRDKAFKA_LOG = logging.getLogger("kafka_enrich.librdkafka")  # some twenty lines a second while a broker is away
-
-
-def consumer_properties(settings: "Settings", brokers: str, number: int) -> dict[str, Any]:
-    """Choose the properties of a worker's consumer; librdkafka's CONFIGURATION.md says what they mean."""
+def consumer_properties(settings: "Settings", brokers: str, number: int | None = None) -> dict[str, Any]:
+    """Choose the properties of a worker's consumer, or without its number of one that asks and is no member."""
     chosen = {**settings.kafka_client, **settings.kafka_consumer}
-    if "group.instance.id" in chosen and settings.bytewax_workers_per_process > 1:
+    if number is None:
+        chosen.pop("group.instance.id", None)
+    elif "group.instance.id" in chosen and settings.bytewax_workers_per_process > 1:
         chosen["group.instance.id"] += f"-{number}"
     classic = {
         "partition.assignment.strategy": "cooperative-sticky",
@@ -780,21 +692,13 @@ def consumer_properties(settings: "Settings", brokers: str, number: int) -> dict
         **chosen,
         "bootstrap.servers": brokers,
         "group.id": settings.group,
-        "auto.offset.reset": "earliest",  # start_from_now does what latest is for
+        "auto.offset.reset": "earliest",  # check_kafka does what latest is for
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
         "enable.partition.eof": True,
-        "isolation.level": "read_committed",  # with another one the offsets of an open transaction would count, too
+        # Of a member the offsets of an open transaction must not count; who asks would have to wait for its end.
+        "isolation.level": "read_uncommitted" if number is None else "read_committed",
     }
-
-
-def asking_properties(settings: "Settings", brokers: str) -> dict[str, Any]:
-    """Choose the properties of a consumer that asks for a group's offsets, and is no member of it.
-
-    Where a kill left a transaction open, a read_committed consumer gets no answer before the transaction's time-out.
-    """
-    properties = {**consumer_properties(settings, brokers, 0), "isolation.level": "read_uncommitted"}
-    return {name: value for name, value in properties.items() if name != "group.instance.id"}
 
 
 def producer_properties(settings: "Settings", brokers: str, name: str) -> dict[str, Any]:
@@ -803,7 +707,7 @@ def producer_properties(settings: "Settings", brokers: str, name: str) -> dict[s
     if settings.exactly_once:
         guarantee = {
             "transactional.id": f"{settings.group}-{name}",
-            "transaction.timeout.ms": TRANSACTION_SECONDS * 1000,
+            "transaction.timeout.ms": int(TRANSACTION_SECONDS + settings.commit_seconds) * 1000,
         }
     return {
         "message.max.bytes": 1_000_000_000,  # the topic's own limit decides
@@ -837,16 +741,9 @@ NOT = r"\"\\\x00-\x1f\ud800-\udfff,"  # in names of members; msgspec has none wi
 MEMBER = rf"\s*[^{NOT}\s][^{NOT}]*"
 PATH = rf"\s*(/([^{NOT}~]|~[01])*|[^{NOT}./\s][^{NOT}.]*(\.[^{NOT}.]+)*)"
 FIELD = rf"\s*([a-z_]+|[A-Za-z0-9_]+={PATH})\s*"
-Brokers = Annotated[str, like(rf"{BROKER}(,{BROKER})*", "host:port, comma separated")]
 Topic = Annotated[str, like(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}", "a topic's name (1 to 249 of A-Z a-z 0-9 . _ -)")]
-Group = Annotated[str, like(r"[!-~]{1,200}", "a consumer group's name")]
 Guarantee = Annotated[Literal["at_least_once", "exactly_once"], Meta(description="at_least_once or exactly_once")]
-Seconds = Annotated[float, Meta(ge=0.05, le=60, description="a number from 0.05 to 60")]
-Paths = Annotated[str, like(rf"{PATH}(,{PATH})*", "a path such as client.ip or /client/ip, or several")]
-Members = Annotated[str, like(rf"{MEMBER}(,{MEMBER})*", "the name of a member, or several")]
 Fields = Annotated[str, like(rf"{FIELD}(,{FIELD})*", "names of fields, or name=path, comma separated")]
-Files = Annotated[str, like("[^,]+(,[^,]+)*", "the path of an .mmdb file, or several, comma separated")]
-Language = Annotated[str, like("[a-z]{2}(-[A-Z]{2})?", "a language, as en or pt-BR")]
 URL = rf"https?://{HOST}(:{PORT})?(/[A-Za-z0-9._~:/%-]*)?"
 OnFailure = Annotated[Literal["mark", "stop", "wait"], Meta(description="mark, stop or wait")]
 Level = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], Meta(description="DEBUG, INFO, WARNING or ERROR")]
@@ -856,19 +753,21 @@ Count = Annotated[int, Meta(ge=1, le=64, description="a whole number from 1 to 6
 class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="upper"):
     """What the environment asks for: each field is the variable of that name."""
 
-    kafka_brokers: Brokers = "localhost:9092"
+    kafka_brokers: Annotated[str, like(rf"{BROKER}(,{BROKER})*", "host:port, comma separated")] = "localhost:9092"
     kafka_input_topic: Topic = "ip_address_by_country"
     kafka_output_topic: Topic = "ip_address_by_location"
     kafka_error_topic: Topic = ""
-    kafka_group_id: Group = ""
+    kafka_group_id: Annotated[str, like(r"[!-~]{1,200}", "a consumer group's name")] = ""
     kafka_tail: Annotated[bool, Meta(description="0 or 1")] = False
     delivery_guarantee: Guarantee = "at_least_once"
-    commit_seconds: Seconds = 0
-    ip_field: Paths = ""
-    location_field: Members = "location"
+    commit_seconds: Annotated[float, Meta(ge=0.05, le=60, description="a number from 0.05 to 60")] = 0
+    ip_field: Annotated[str, like(rf"{PATH}(,{PATH})*", "a path such as client.ip or /client/ip, or several")] = ""
+    location_field: Annotated[str, like(rf"{MEMBER}(,{MEMBER})*", "the name of a member, or several")] = "location"
     fields: Fields = "city,region,country_name"
-    geoip_database: Files = ""
-    geoip_language: Language = "en"
+    geoip_database: Annotated[str, like("[^,]+(,[^,]+)*", "the path of an .mmdb file, or several, comma separated")] = (
+        ""
+    )
+    geoip_language: Annotated[str, like("[a-z]{2}(-[A-Z]{2})?", "a language, as en or pt-BR")] = "en"
     ipapi_url: Annotated[str, like(URL, "http(s)://host[:port][/path], without a key")] = "https://ipapi.co"
     ipapi_key: Annotated[str, like("[!-~]+", "visible characters")] = ""
     on_lookup_failed: OnFailure = "mark"
@@ -908,23 +807,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="upper"):
             value = getattr(self, name)
             if value and value != default:
                 hidden = " ".join(value) if isinstance(value, dict) else "(set)"
-                shown.append(f"{name.upper()}={hidden if isinstance(value, dict) or name in SECRET else value}")
+                shown.append(f"{name.upper()}={hidden if isinstance(value, dict) or name == 'ipapi_key' else value}")
         return ", ".join(shown) or "all settings have their defaults"
 
 
-SECRET = ("ipapi_key",)
-NAMES = {
-    name.upper(): name for name in Settings.__struct_fields__ if not name.endswith(("client", "consumer", "producer"))
-}
 PROPERTIES = {"KAFKA_CLIENT_": "kafka_client", "KAFKA_CONSUMER_": "kafka_consumer", "KAFKA_PRODUCER_": "kafka_producer"}
-MEMBERS = "each copy of the script is a member of the consumer group"
+NAMES = {name.upper(): name for name in Settings.__struct_fields__ if name not in PROPERTIES.values()}
+BY_GROUP = "BYTEWAX_ADDRESSES BYTEWAX_HOSTFILE_PATH BYTEWAX_POD_NAME BYTEWAX_PROCESS_ID BYTEWAX_STATEFULSET_NAME"
 FORMER = {
     "EPOCH_SECONDS": "COMMIT_SECONDS has taken its place",
     "RECOVERY_DIR": "the consumer group keeps the place",
-    **{
-        f"BYTEWAX_{name}": MEMBERS
-        for name in ("ADDRESSES", "HOSTFILE_PATH", "POD_NAME", "PROCESS_ID", "STATEFULSET_NAME")
-    },
+    **dict.fromkeys(BY_GROUP.split(), "each copy of the script is a member of the consumer group"),
 }
 # What auto.offset.reset may be, in librdkafka's words.
 EARLIEST, LATEST = ("earliest", "beginning", "smallest"), ("latest", "end", "largest")
@@ -945,13 +838,7 @@ GUARDED = {
 
 
 def with_settings_file(env: Mapping[str, str], path: Path) -> dict[str, str]:
-    """Add to the environment what a settings file says, of which the environment has the last word.
-
-    Raises:
-        SettingsError: the file cannot be read, or a line of it is no setting; values are not shown.
-    """
-    if not path.exists():
-        return dict(env)
+    """Add to the environment what a settings file says, of which the environment has the last word."""
     try:
         found = dotenv_values(path, interpolate=False)
     except (OSError, UnicodeDecodeError) as error:
@@ -963,11 +850,7 @@ def with_settings_file(env: Mapping[str, str], path: Path) -> dict[str, str]:
 
 
 def read_settings(env: Mapping[str, str]) -> Settings:
-    """Read the settings from a mapping such as os.environ, in which those that are absent take their defaults.
-
-    Raises:
-        SettingsError: some of them cannot be used; the message has a line for each.
-    """
+    """Read the settings from a mapping such as os.environ; a SettingsError has a line for each that cannot be used."""
     values: dict[str, Any] = {}
     wrong = []
     hints = get_type_hints(Settings, include_extras=True)
@@ -979,7 +862,7 @@ def read_settings(env: Mapping[str, str]) -> Settings:
                     raise msgspec.ValidationError
             except (msgspec.ValidationError, UnicodeEncodeError):
                 # What does not look like a URL may hold a password, too.
-                shown = name if field in (*SECRET, "ipapi_url") else f"{name}={env[name]!r}"
+                shown = name if field in ("ipapi_key", "ipapi_url") else f"{name}={env[name]!r}"
                 wrong.append(f"{shown} is not {hints[field].__metadata__[0].description}")
     for prefix, field in PROPERTIES.items():
         values[field] = read_properties(env, prefix, wrong)
@@ -995,27 +878,22 @@ def contradictions(settings: Settings) -> list[str]:
     paths, members = split_names(settings.ip_field), split_names(settings.location_field)
     ip_field, location_field = f"IP_FIELD={settings.ip_field!r}", f"LOCATION_FIELD={settings.location_field!r}"
     topics, error_topic = (settings.kafka_input_topic, settings.kafka_output_topic), settings.kafka_error_topic
-    fields = [field.partition("=")[::2] for field in split_names(settings.fields)]
-    titles = [title for title, _ in fields]
-    unknown = [title for title, path in fields if not path and title not in FIELDS]
+    names, language, port = split_names(settings.fields), settings.geoip_language, settings.metrics_port
+    titles = [name.partition("=")[0] for name in names]
+    unknown = [name for name in names if "=" not in name and name not in FIELDS]
+    without = language != "en" and not settings.geoip_database
     rules = (
         (unknown, f"FIELDS={settings.fields!r}: {', '.join(unknown)} is none of {', '.join(FIELDS)}, nor name=path"),
         (len(set(titles)) < len(titles), f"FIELDS={settings.fields!r} has a name twice"),
         ({"ip", "error"} & set(titles), f"FIELDS={settings.fields!r}: ip and error are names of the output's own"),
-        (
-            settings.geoip_language != "en" and not settings.geoip_database,
-            f"GEOIP_LANGUAGE={settings.geoip_language!r} is of no use without GEOIP_DATABASE",
-        ),
+        (without, f"GEOIP_LANGUAGE={language!r} is of no use without GEOIP_DATABASE"),
         (topics[0] == topics[1], f"KAFKA_OUTPUT_TOPIC={topics[1]!r} is the input topic too"),
         (error_topic in topics, f"KAFKA_ERROR_TOPIC={error_topic!r} is the input or the output topic too"),
         (len(set(members)) < len(members), f"{location_field} has a name twice"),
         (not settings.ip_field and members != ["location"], f"{location_field} is of no use without IP_FIELD"),
         (settings.ip_field and len(paths) != len(members), f"{ip_field} needs as many names in {location_field}"),
         ({path_of(path)[0] for path in paths} & set(members), f"{location_field} is what {ip_field} reads"),
-        (
-            settings.metrics_port + settings.processes > 65_536,
-            f"METRICS_PORT={settings.metrics_port} is too high for {settings.processes} processes",
-        ),
+        (port + settings.processes > 65_536, f"METRICS_PORT={port} is too high for {settings.processes} processes"),
     )
     return [line for broken, line in rules if broken]
 
@@ -1046,12 +924,7 @@ def doubtful_names(env: Mapping[str, str]) -> list[str]:
 
 
 class NotLocated(Exception):
-    """An address has no location; its result says why, as records name it."""
-
-    def __init__(self, result: str) -> None:
-        """Say why: invalid_ip, reserved_ip (nobody's on the public Internet), or not_found (unknown to the source)."""
-        super().__init__(result)
-        self.result = result
+    """An address has no location: invalid_ip, reserved_ip (nobody's on the public Internet), or not_found."""
 
 
 class LookupFailed(Exception):
@@ -1093,26 +966,23 @@ def bounds(version: Literal[4, 6]) -> tuple[list[int], list[int]]:
 
 
 BOUNDS = {4: bounds(4), 16: bounds(6)}  # by the number of bytes of an address
+PUBLIC_FIRST_BYTES = set(range(256)) - {
+    byte for first, last in zip(*BOUNDS[4], strict=True) for byte in range(first >> 24, (last >> 24) + 1)
+}
 
 
 def find_address(text: str) -> tuple[str, str, bool]:
     """Find the address that counts in a text: its first public one from the left, or else its first one.
 
-    Args:
-        text: an address, or several of them and other things, between commas as X-Forwarded-For has them, or in an
-            array.
-
     Returns:
-        the address as it stands there, without its port; the one form in which every source is asked for it, IPv6 in
-        its shortest form, without a zone, which says where a packet leaves and not where the address is; and whether
-        it is public.
-
-    Raises:
-        NotLocated: there is no address; short forms such as 8.8, which maxminddb would take, are none either.
+        the address as it stands there, without its port; the one form in which every source is asked for it, without
+        a zone, which says where a packet leaves and not where the address is; and whether it is public.
     """
-    plain = pack(text)
-    if plain and "." in text and ":" not in text and is_public(plain):  # as nearly all are written
-        return text, text, True
+    try:
+        if socket.inet_pton(socket.AF_INET, text)[0] in PUBLIC_FIRST_BYTES:  # as nearly all are
+            return text, text, True
+    except (OSError, ValueError):
+        pass
     reserved = None
     if text.startswith("["):  # an array in JSON, or an address in brackets
         with suppress(ValueError, RecursionError):
@@ -1161,23 +1031,28 @@ def is_public(packed: bytes) -> bool:
 # --- Locations: their fields, wherever a source has them --------------------------------------------------------
 
 Location = dict[str, object]  # by field; None where the source does not know
-Locate = Callable[[str, bool], Location]  # of an address as sources are asked, and whether it is public; raises
-# NotLocated and LookupFailed
+Locate = Callable[[str, bool], Location]  # of an address, and whether it is public; raises NotLocated, LookupFailed
+Find = Callable[[str], Location]  # of an address as sources are asked; {} where none of the fields is known
 Read = Callable[[object], object]  # takes what stands in a record, and returns None where it says nothing
 
 
+def as_text(value: object) -> str | None:
+    """Read a text; placeholders say nothing."""
+    found = value.strip() if isinstance(value, str) else ""
+    return found if found not in ("", "-", "ZZ") else None
+
+
 def text_like(pattern: str) -> Callable[[object], str | None]:
-    """Make a function that reads a text which is wholly like a pattern; placeholders say nothing."""
+    """Make a function that reads a text which is wholly like a pattern."""
     matches = re.compile(pattern).fullmatch
 
     def read(value: object) -> str | None:
-        found = value.strip() if isinstance(value, str) else ""
-        return found if found not in ("", "-", "ZZ") and matches(found) else None
+        found = as_text(value)
+        return found if found and matches(found) else None
 
     return read
 
 
-as_text = text_like("(?s:.+)")
 as_code = text_like("[A-Z]{2}")  # of a country or a continent, where there may be a name
 as_name = text_like("(?s:(?![A-Z]{2}$).+)")  # where there may be a code
 as_region_code = text_like("[A-Z0-9]{1,3}")
@@ -1198,14 +1073,11 @@ def as_asn(value: object) -> str | None:
     return f"AS{match[1]}" if match else None
 
 
-def as_flag(value: object) -> bool | None:
-    """Read a boolean."""
+def in_eu(value: object) -> bool | None:
+    """Read a flag, or whether a country of MaxMind's schema is in the European Union: only those that are say so."""
+    if isinstance(value, dict):
+        return bool(value.get("is_in_european_union"))
     return value if isinstance(value, bool) else None
-
-
-def in_eu(country: object) -> bool | None:
-    """Read whether a country of MaxMind's schema is in the European Union: only those that are say so."""
-    return bool(country.get("is_in_european_union")) if isinstance(country, dict) else None
 
 
 def anything(value: object) -> object:
@@ -1234,7 +1106,7 @@ FIELDS: dict[str, tuple[tuple[Read, str], ...]] = {
     "latitude": ((as_number, "location.latitude latitude lat"),),
     "longitude": ((as_number, "location.longitude longitude lng lon"),),
     "timezone": ((as_text, "location.time_zone timezone time_zone"),),
-    "in_eu": ((as_flag, "in_eu"), (in_eu, "country registered_country")),
+    "in_eu": ((in_eu, "in_eu country registered_country"),),
     "asn": ((as_asn, "autonomous_system_number traits.autonomous_system_number asn"),),
     "org": ((as_text, "autonomous_system_organization traits.autonomous_system_organization org as_name name"),),
     "network": ((as_text, "network"),),
@@ -1242,46 +1114,45 @@ FIELDS: dict[str, tuple[tuple[Read, str], ...]] = {
 
 
 def location_reader(fields: str, language: str) -> Callable[[object], Location]:
-    """Make a function that reads the fields of a location out of a record, in whichever schema it is.
-
-    Args:
-        fields: names of FIELDS, or name=path for what these do not have, comma separated.
-        language: of names; where one is missing in it English counts, or else any.
-    """
-    places: dict[str, list[tuple[Read, list[str]]]] = {}
+    """Make a function that reads the fields of a location out of a record, in whichever schema it is."""
+    places: dict[str, list[tuple[Read, str, list[str]]]] = {}
     for field in split_names(fields):
         title, _, path = field.partition("=")
-        places[title] = (
-            [(anything, path_of(path.strip()))]
-            if path
-            else [(read, path.split(".")) for read, paths in FIELDS[title] for path in paths.split()]
-        )
+        rows = [(anything, [path.strip()])] if path else [(read, paths.split()) for read, paths in FIELDS[title]]
+        places[title] = [(read, first, rest) for read, paths in rows for first, *rest in map(path_of, paths)]
     pair = [title for title in ("latitude", "longitude") if title in places]
 
+    nothing: Location = dict.fromkeys(places)
+
+    @functools.lru_cache(1_000)  # databases have some tens of these, and nearly all places are in none of them
+    def places_in(members: tuple[str, ...]) -> list[tuple[str, Read, str, list[str]]]:
+        return [(title, *place) for title, its in places.items() for place in its if place[1] in members]
+
     def read_location(record: object) -> Location:
-        location: Location = {}
-        for title, its in places.items():
-            location[title] = None
-            for read, path in its:
-                value = read(value_at(record, path, language))
-                if value is not None:
-                    location[title] = value
-                    break
-        if any(location[title] is None for title in pair):  # half a place is none
+        location = nothing.copy()
+        members = record if isinstance(record, dict) else {}
+        for title, read, first, rest in places_in(tuple(members)):
+            if location[title] is None:
+                found = members[first]
+                if not rest:
+                    location[title] = read(found)
+                elif not isinstance(found, str):  # as flat schemas have it
+                    location[title] = read(value_at(found, rest, language))
+        if pair and None in map(location.get, pair):  # half a place is none
             location.update(dict.fromkeys(pair))
-        return location
+        return location if location != nothing or (members and nothing.keys() == {"network"}) else {}
 
     return read_location
 
 
-def value_at(record: object, path: list[str], language: str) -> object:
-    """Follow a path through a record; None where it leads nowhere."""
+def value_at(record: object, path: list[str], language: str = "") -> object:
+    """Follow a path through a record or an event, with a language * for names in it; None where it leads nowhere."""
     found = record
     for key in path:
         if isinstance(found, dict):
             names = found
             found = names.get(key)
-            if key == "*":
+            if key == "*" and language:
                 found = names.get(language) or names.get("en") or next(iter(names.values()), None)
         elif isinstance(found, list) and PLACE.fullmatch(key) and int(key) < len(found):
             found = found[int(key)]
@@ -1305,16 +1176,6 @@ class DatabaseError(Exception):
     """A file is no database that can be used; the message says why."""
 
 
-class Database(NamedTuple):
-    """A database that is open."""
-
-    find: Callable[[str], Location | None]  # None for an address of which it knows none of the fields
-    path: str
-    mark: tuple[int, ...]  # what tells the file from another one in its place
-    kind: str
-    built: datetime
-
-
 def mark_of(path: str) -> tuple[int, ...]:
     """Tell a file from any other that was or will be in its place; empty where there is none."""
     with suppress(OSError):
@@ -1323,71 +1184,47 @@ def mark_of(path: str) -> tuple[int, ...]:
     return ()
 
 
-def open_database(path: str, read_location: Callable[[object], Location], with_network: bool) -> Database:
-    """Open a database, and see that it holds what is wanted, before the first record needs it.
+class Database:
+    """A database that is open, and holds some of the fields that are wanted."""
 
-    Args:
-        path: an .mmdb file; it is copied into memory, as a mapping of a file that is overwritten kills the process.
-        read_location: reads the fields that are wanted.
-        with_network: whether the network is one of them.
-
-    Raises:
-        DatabaseError: it cannot be used.
-    """
-    mark = mark_of(path)
-    try:
-        if not os.path.isfile(path):
-            raise OSError
-        reader = open_copy(path)
-        metadata = reader.metadata()
-        built = datetime.fromtimestamp(metadata.build_epoch, timezone.utc)
-        known = knows_any(reader, read_location)
-    except (OSError, ValueError, OverflowError, maxminddb.InvalidDatabaseError) as error:
-        raise DatabaseError(f"{path} {why_no_database(path, error)}") from None
-    if mark_of(path) != mark:
-        raise DatabaseError(f"{path} is being written")
-    if not known:
-        raise DatabaseError(f"{path}, {metadata.database_type}, has none of FIELDS")
-    log.info("locating with %s, %s of %s", path, metadata.database_type, built.date())
-    return Database(finder(reader, path, read_location, with_network), path, mark, metadata.database_type, built)
-
-
-def knows_any(reader: maxminddb.Reader, read_location: Callable[[object], Location]) -> bool:
-    """Search the first networks of a database, and then all of IPv4 in large steps, for a field that is wanted."""
-    first = (record for _, record in itertools.islice(reader, SAMPLE))
-    others = map(reader.get, map(ipaddress.IPv4Address, range(0, 1 << 32, (1 << 32) // SAMPLE)))
-    return any(
-        value is not None for record in itertools.chain(first, others) for value in read_location(record).values()
-    )
-
-
-def finder(
-    reader: maxminddb.Reader, path: str, read_location: Callable[[object], Location], with_network: bool
-) -> Callable[[str], Location | None]:
-    """Make the function that finds an address in a database; arguments as open_database has them."""
-    only_ipv4 = reader.metadata().ip_version == 4
-
-    def find(address: str) -> Location | None:
-        if only_ipv4 and ":" in address:
-            return None
+    def __init__(self, path: str, read_location: Callable[[object], Location], with_network: bool) -> None:
+        self.path, self.mark, self._read, self._with_network = path, mark_of(path), read_location, with_network
         try:
-            record, length = reader.get_with_prefix_len(address) if with_network else (reader.get(address), 0)
+            if not os.path.isfile(path):
+                raise OSError
+            self._reader = open_copy(path)
+            metadata = self._reader.metadata()
+            self.kind, self._version = metadata.database_type, metadata.ip_version
+            self.built = datetime.fromtimestamp(metadata.build_epoch, timezone.utc)
+            # A field is searched in the first networks, and then in all of IPv4 in large steps.
+            first = (record for _, record in itertools.islice(self._reader, SAMPLE))
+            others = map(self._reader.get, map(ipaddress.IPv4Address, range(0, 1 << 32, (1 << 32) // SAMPLE)))
+            known = any(map(read_location, itertools.chain(first, others)))
+        except (OSError, ValueError, OverflowError, maxminddb.InvalidDatabaseError) as error:
+            raise DatabaseError(f"{path} {why_no_database(path, error)}") from None
+        if mark_of(path) != self.mark:
+            raise DatabaseError(f"{path} is being written")
+        if not known:
+            raise DatabaseError(f"{path}, {self.kind}, has none of FIELDS")
+        log.info("locating with %s, %s of %s", path, self.kind, self.built.date())
+
+    def find(self, address: str) -> Location:
+        """Find an address; {} where none of the fields is known."""
+        if self._version == 4 and ":" in address:
+            return {}
+        try:
+            record = self._reader.get(address)
         except (ValueError, maxminddb.InvalidDatabaseError):  # the file is damaged at this record
-            raise LookupFailed(f"{path} is damaged at {address}") from None
-        if record is None:
-            return None
-        location = read_location(record)
-        if all(value is None for value in location.values()):
-            return None
-        if with_network:
+            raise LookupFailed(f"{self.path} is damaged at {address}") from None
+        location = {} if record is None else self._read(record)
+        if location and self._with_network:
+            _, length = self._reader.get_with_prefix_len(address)
             location["network"] = str(ipaddress.ip_network(f"{address}/{length}", strict=False))
         return location
 
-    return find
-
 
 def open_copy(path: str) -> maxminddb.Reader:
-    """Open a copy of a file that nobody else has, as quick as the file itself."""
+    """Open a copy of a file in memory, as quick: the mapping of a file that is overwritten kills the process."""
     with (
         open(path, "rb") as file,
         os.fdopen(os.memfd_create("mmdb"), "wb") if sys.platform == "linux" else tempfile.TemporaryFile() as copy,
@@ -1404,7 +1241,8 @@ def why_no_database(path: str, error: Exception) -> str:
     if not os.path.isfile(path):
         return "is no file: name the .mmdb file"
     try:
-        start = Path(path).read_bytes()[:512]
+        with open(path, "rb") as file:
+            start = file.read(512)
     except OSError as unreadable:
         return f"cannot be read: {unreadable.strerror}"
     if start[257:262] == b"ustar":
@@ -1412,18 +1250,24 @@ def why_no_database(path: str, error: Exception) -> str:
     return next((what for how, what in MISTAKEN.items() if start.startswith(how)), f"is no MaxMind database: {error}")
 
 
+def find_in_both(first: Find, second: Find, address: str) -> Location:
+    """Find an address in two databases, each field in the first one if it knows that."""
+    location = first(address)
+    if location and None not in location.values():
+        return location
+    found = second(address)
+    if found:
+        found.update((name, value) for name, value in location.items() if value is not None)
+    return found or location
+
+
 class Databases:
     """The databases that are in use, and the files that they came from."""
 
     def __init__(self, settings: "Settings") -> None:
-        """Open all of GEOIP_DATABASE.
-
-        Raises:
-            SettingsError: one of them cannot be used.
-        """
         read_location = location_reader(settings.fields, settings.geoip_language)
         with_network = "network" in split_names(settings.fields)
-        self._open = functools.partial(open_database, read_location=read_location, with_network=with_network)
+        self._open = functools.partial(Database, read_location=read_location, with_network=with_network)
         try:
             self.in_use = [self._open(path) for path in split_names(settings.geoip_database)]
         except DatabaseError as error:
@@ -1434,21 +1278,14 @@ class Databases:
 
     def locate(self) -> Locate:
         """Make a function that asks the databases that are in use now, each field from the first that knows it."""
-        asked = [database.find for database in self.in_use]
+        find = self.in_use[0].find
+        for database in self.in_use[1:]:
+            find = functools.partial(find_in_both, find, database.find)
 
         def locate(address: str, public: bool) -> Location:
-            location: Location = {}
-            for find in asked:
-                found = find(address)
-                if found is not None:
-                    location = {
-                        field: found[field] if location.get(field) is None else location[field] for field in found
-                    }
-                    if None not in location.values():
-                        break
-            if not location:
-                raise NotLocated("not_found" if public else "reserved_ip")
-            return location
+            if location := find(address):
+                return location
+            raise NotLocated("not_found" if public else "reserved_ip")
 
         return locate
 
@@ -1476,22 +1313,12 @@ class Databases:
         return swapped
 
 
-def timed(settings: "Settings", locate: Locate) -> Locate:
-    """Count the seconds of look-ups, where there are metrics."""
-
-    def locate_timed(address: str, public: bool) -> Location:
-        with LOOKUP_SECONDS.time():
-            return locate(address, public)
-
-    return locate_timed if settings.metrics_port else locate
-
-
-def follow_files(settings: "Settings", databases: Databases, locations: "Locations") -> NoReturn:
+def follow_files(databases: Databases, locations: "Locations") -> NoReturn:
     """Use databases that take the place of those in use."""
     while True:
         time.sleep(LOOK_SECONDS)
         if databases.look():
-            locations.use(timed(settings, databases.locate()))
+            locations.use(databases.locate())
 
 
 # --- Locations over HTTP ----------------------------------------------------------------------------------------
@@ -1509,7 +1336,6 @@ class HttpApi:
     """The HTTP API of ipapi.co, asked for a bounded time and left alone when it asks for that."""
 
     def __init__(self, settings: "Settings") -> None:
-        """Remember whom to ask, and for what."""
         self._url = settings.ipapi_url.rstrip("/")
         self._params = {"key": settings.ipapi_key} if settings.ipapi_key else {}
         self._read = location_reader(settings.fields, settings.geoip_language)
@@ -1540,7 +1366,7 @@ class HttpApi:
             raise failure from None
         self._failures = 0
         location = self._read(found)
-        if isinstance(found, str) or all(value is None for value in location.values()):
+        if not location:
             raise NotLocated(found if isinstance(found, str) else "not_found")
         return location
 
@@ -1549,8 +1375,8 @@ class HttpApi:
         with self._session.get(
             f"{self._url}/{address}/json/", params=self._params, timeout=TRY_LIMIT, stream=True, allow_redirects=False
         ) as response:
-            body = response.raw.read(LARGEST_REPLY + 1, decode_content=True)
-            return response.status_code, response.headers.get("Retry-After"), body[:LARGEST_REPLY]
+            body = response.raw.read(LARGEST_REPLY, decode_content=True)
+            return response.status_code, response.headers.get("Retry-After"), body
 
 
 def cause_of(error: BaseException) -> str:
@@ -1564,16 +1390,11 @@ def cause_of(error: BaseException) -> str:
 
 
 def location_in(status: int, retry_after: str | None, body: bytes) -> dict[str, object] | str:
-    """Read a reply, its error first: the API sends errors with status 200 too, and proxies send anything.
-
-    Returns:
-        its fields, or the result if it says that there are none; a LookupFailed is raised if it says neither.
-    """
+    """Read a reply, or why it has no location: the API sends errors with status 200 too, and proxies send anything."""
     try:
-        fields = msgspec.json.decode(body)
+        fields = msgspec.json.decode(body, type=dict[str, Any])
     except (ValueError, RecursionError):
         fields = {}
-    fields = fields if isinstance(fields, dict) else {}
     if status == 200 and not fields.get("error") and fields.keys() >= OF_EVERY_REPLY:
         return fields
     reason = str(fields.get("reason")).casefold()
@@ -1589,14 +1410,13 @@ def location_in(status: int, retry_after: str | None, body: bytes) -> dict[str, 
     raise LookupFailed(f"HTTP {status} without a location")
 
 
-def seconds_in(wait: str | None) -> float | None:
+def seconds_in(wait: Any) -> float | None:
     """Read how long to wait, in seconds or until a date (RFC 9110, 10.2.3); None where it says nothing usable."""
-    try:
-        if wait is None or re.fullmatch(r"\s*[0-9]{1,9}(\.[0-9]+)?\s*", wait):
-            return float(wait) if wait else None
+    with suppress(TypeError, ValueError, OverflowError):
+        if re.fullmatch(r"\s*[0-9]{1,9}(\.[0-9]+)?\s*", wait):
+            return float(wait)
         return (parsedate_to_datetime(wait) - datetime.now(timezone.utc)).total_seconds()
-    except (TypeError, ValueError, OverflowError):
-        return None
+    return None
 
 
 # --- Records: bytes in, bytes out -------------------------------------------------------------------------------
@@ -1619,7 +1439,6 @@ class Locations:
     """Turns records into enriched records, and remembers the final answers."""
 
     def __init__(self, locate: Locate, settings: "Settings") -> None:
-        """Choose where to look, and what records are: addresses, or events that hold some."""
         self._on_failure = settings.on_lookup_failed
         self._nowhere: Location = dict.fromkeys(field.partition("=")[0] for field in split_names(settings.fields))
         countries = [field for field in ("country_code", "country_name") if field in self._nowhere]
@@ -1632,14 +1451,19 @@ class Locations:
             names = split_names(settings.location_field)
             self._read = event_reader([path_of(field) for field in split_names(settings.ip_field)], names)
             self._names = [b"," + msgspec.json.encode(name) + b":" for name in names]
-        self._cache_size, self._hits = settings.cache_size, 0
+        self._cache_size, self._hits, self._metrics = settings.cache_size, 0, settings.metrics_port
         self.use(locate)
 
     def use(self, locate: Locate) -> None:
         """Look there from the next record on, and forget what was remembered of another source."""
-        if hasattr(self, "remembered"):
-            self._hits = self.hits()
-        self.remembered = functools.lru_cache(self._cache_size)(functools.partial(self._look_up, locate))
+
+        def locate_timed(address: str, public: bool) -> Location:
+            with LOOKUP_SECONDS.time():
+                return locate(address, public)
+
+        self._hits = self.hits() if hasattr(self, "remembered") else 0
+        look_up = functools.partial(self._look_up, locate_timed if self._metrics else locate)
+        self.remembered = functools.lru_cache(self._cache_size)(look_up)
 
     def hits(self) -> int:
         """Count the answers that came from the cache."""
@@ -1689,11 +1513,7 @@ class Locations:
         return enriched, next((result for result in results if result.startswith("located")), results[0])
 
     def _find(self, address: bytes | str, remembered: "Remembered") -> tuple[bytes, str]:
-        """Find what goes out for an address, if it can be one from what is remembered; failures are not.
-
-        Raises:
-            LookupFailed: there is no answer now, and it is to be waited for.
-        """
+        """Find what goes out for an address, if it can be one from what is remembered; failures are not."""
         try:
             return remembered(address) if len(address) <= LONGEST_ADDRESS else remembered.__wrapped__(address)
         except LookupFailed as failure:
@@ -1707,11 +1527,7 @@ class Locations:
             return self._write(ip, self._nowhere, "lookup_failed"), "lookup_failed"
 
     def _look_up(self, locate: Locate, address: bytes | str) -> tuple[bytes, str]:
-        """Find the final answer to an address.
-
-        Raises:
-            LookupFailed: there is none now.
-        """
+        """Find the final answer to an address; a LookupFailed where there is none now."""
         ip = text_of(address)
         try:
             ip, asked, public = find_address(ip)
@@ -1719,7 +1535,7 @@ class Locations:
             country = location[self._country] if self._country else None
             return self._write(ip, location, None), sys.intern(f"located {country}") if country else "located"
         except NotLocated as reason:
-            return self._write(ip, self._nowhere, reason.result), reason.result
+            return self._write(ip, self._nowhere, str(reason)), str(reason)
 
     def _tell(self, record: Message, result: str) -> None:
         """Warn of the first record of its kind, after which there may be thousands."""
@@ -1765,16 +1581,7 @@ def path_of(field: str) -> list[str]:
 
 
 def event_reader(paths: list[list[str]], taken: list[str]) -> Callable[[bytes], list[str] | str]:
-    """Make a function that reads some fields of an event.
-
-    Args:
-        paths: where the addresses are, as path_of has them.
-        taken: members that an event must not have.
-
-    Returns:
-        the function: of an event it returns the text of each field, "" where there is none; or the result
-        invalid_record of what is no event, field_exists of one that has such a member.
-    """
+    """Make a function that reads the fields at some paths: the text of each, "" where there is none, or the result."""
     decode = msgspec.json.Decoder(event_type([*paths, *([name] for name in taken)])).decode
 
     def read(event: bytes) -> list[str] | str:
@@ -1785,53 +1592,32 @@ def event_reader(paths: list[list[str]], taken: list[str]) -> Callable[[bytes], 
             found = decode_all(body)
         if found is None:
             return "invalid_record"
-        for name in taken:
-            if field_at(found, [name]) is not msgspec.UNSET:
-                return "field_exists"
-        return [address_in(field_at(found, path)) for path in paths]
+        if any(name in found for name in taken):
+            return "field_exists"
+        return [address_in(value_at(found, path)) for path in paths]
 
     return read
 
 
 def event_type(paths: list[list[str]]) -> Any:
     """Make a type that has the fields at some paths: msgspec skips all others, which takes it a microsecond."""
-    fields = []
-    for name in dict.fromkeys(path[0] for path in paths):
-        rest = [path[1:] for path in paths if path[0] == name]
-        whole = any(not path or PLACE.fullmatch(path[0]) for path in rest)  # of arrays all is decoded
-        fields.append((attribute(name), Any if whole else event_type(rest) | msgspec.UnsetType, msgspec.UNSET))
-    return msgspec.defstruct("Event", fields, rename={attribute(path[0]): path[0] for path in paths})
-
-
-@functools.cache
-def attribute(name: str) -> str:
-    """Name the attribute that holds a member, whose own name can be any text."""
-    return f"_{name.encode().hex()}"
+    if not all(path[0].isascii() for path in paths):  # msgspec 0.22 does not find these
+        return dict[str, Any]
+    fields: dict[str, Any] = {}
+    for path in paths:
+        rest = [other[1:] for other in paths if other[0] == path[0]]
+        whole = any(not other or PLACE.fullmatch(other[0]) for other in rest)  # of arrays all is decoded
+        fields[path[0]] = Any if whole else event_type(rest)
+    return TypedDict("Event", fields, total=False)  # type: ignore[operator]
 
 
 def decode_all(body: bytes) -> dict[str, object] | None:
-    """Decode an event that is not as event_type has it, or that msgspec cannot read, such as lone surrogates.
-
-    Returns:
-        the event; None where it is no JSON object.
-    """
+    """Decode an event that is not as event_type has it, or that msgspec cannot read; None where it is no object."""
     try:  # float takes integers of any length, and int takes no NaN
         found = json.loads(body.decode("utf-8", "surrogateescape"), parse_int=float, parse_constant=int)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def field_at(found: object, path: list[str]) -> object:
-    """Follow a path through what is decoded; UNSET where it leads nowhere."""
-    for name in path:
-        if isinstance(found, dict):
-            found = found.get(name, msgspec.UNSET)
-        elif isinstance(found, list):
-            found = found[int(name)] if PLACE.fullmatch(name) and int(name) < len(found) else msgspec.UNSET
-        else:
-            found = getattr(found, attribute(name), msgspec.UNSET)
-    return found
 
 
 def address_in(field: object) -> str:
@@ -1840,7 +1626,7 @@ def address_in(field: object) -> str:
         return field.strip()
     if isinstance(field, list):
         return ",".join(item if isinstance(item, str) else "?" for item in field if item not in (None, ""))
-    return "" if field is None or field is msgspec.UNSET else "?"
+    return "" if field is None else "?"
 
 
 # --- Counts and metrics -----------------------------------------------------------------------------------------
@@ -1889,28 +1675,10 @@ def show_progress(worker: Worker, over: threading.Event) -> None:
                 bar.update(done - bar.n)
 
 
-@contextmanager
-def watched(workers: list[Worker], locations: Locations) -> Iterator[None]:
-    """Show how the workers get on, and say in the end what became of the records."""
-    over = threading.Event()
-    watch = threading.Thread(target=report, args=[workers, locations, over])
-    alone = multiprocessing.parent_process() is None
-    if alone and sys.stderr.isatty() and not workers[0].settings.kafka_tail:
-        watch = threading.Thread(target=show_progress, args=[workers[0], over])
-    watch.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watch.join()
-        log.info("%s", summary(workers, locations))
-
-
 class Metrics(Collector):
     """What Prometheus reads, taken from the workers when it asks."""
 
     def __init__(self, workers: list[Worker], locations: Locations, databases: Databases | None) -> None:
-        """Look at these."""
         self._workers, self._locations, self._databases = workers, locations, databases
 
     def collect(self) -> Iterator[Metric]:
@@ -1944,9 +1712,7 @@ class Metrics(Collector):
         yield GaugeMetricFamily("kafka_enrich_seconds_since_last_record", "Or since the start.", now - newest)
         yield GaugeMetricFamily("kafka_enrich_seconds_since_last_commit", "Or since the start.", now - committed)
         if self._databases:
-            built = GaugeMetricFamily(
-                "kafka_enrich_database_build_timestamp_seconds", "When it was built.", labels=["path"]
-            )
+            built = GaugeMetricFamily("kafka_enrich_database_build_timestamp_seconds", "When built.", labels=["path"])
             for database in self._databases.in_use:
                 built.add_metric([database.path], database.built.timestamp())
             yield built
@@ -1954,22 +1720,17 @@ class Metrics(Collector):
             looked.add_metric(["used"], self._databases.swaps)
             looked.add_metric(["refused"], self._databases.refusals)
             yield looked
-        build = {"python": platform.python_version(), "script": SCRIPT_SHA256}
-        versions = {name.replace("-", "_"): importlib.metadata.version(name) for name in ("bytewax", "confluent-kafka")}
-        yield InfoMetricFamily("kafka_enrich_build", "Versions.", {**versions, **build})
 
 
 COMMIT_SECONDS = Histogram("kafka_enrich_commit_seconds", "Commits, each with all that was produced since the last.")
 LOOKUP_SECONDS = Histogram("kafka_enrich_lookup_seconds", "Look-ups that the cache had no answer to.")
-SCRIPT_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+VERSIONS = {name.replace("-", "_"): importlib.metadata.version(name) for name in ("bytewax", "confluent-kafka")}
+SCRIPT = {"python": platform.python_version(), "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+Info("kafka_enrich_build", "Versions.").info({**VERSIONS, **SCRIPT})
 
 
 def serve_metrics(port: int, metrics: Metrics, workers: list[Worker]) -> None:
-    """Serve metrics on a port, and on /healthz whether the workers get on.
-
-    Raises:
-        SettingsError: the port is in use.
-    """
+    """Serve metrics on a port, and on /healthz whether the workers get on."""
     REGISTRY.register(metrics)
     try:
         server, _ = start_http_server(port)
@@ -1991,17 +1752,17 @@ def serve_metrics(port: int, metrics: Metrics, workers: list[Worker]) -> None:
 
 CONNECT_SECONDS = 8.0  # to find brokers before the start
 DISCONNECTED = "it closes the connection, as brokers do for a wrong password or security protocol (KAFKA_CLIENT_*)"
+GARBAGE = 50_000  # objects; batches make thousands that live for milliseconds, and at 700 the search takes a tenth
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STOP_SECONDS = 8.0  # after a signal; containers often give ten
 
 
-def check_kafka(settings: Settings) -> None:
-    """See that the brokers answer, and that the topics and the group may be used, before the dataflow starts.
-
-    Raises:
-        RunError: they do not, or may not.
-        SettingsError: librdkafka does not know a property or its value.
-    """
-    check_files(settings)
+def check_kafka(settings: Settings) -> tuple[Consumer, AdminClient]:
+    """See that the brokers answer, and that the topics and the group may be used, before the dataflow starts."""
+    for prefix, field in PROPERTIES.items():  # librdkafka does not name the file of certificates that it misses
+        for its, value in getattr(settings, field).items():
+            if its.endswith(".location") and value != "probe" and not os.path.exists(value):
+                raise SettingsError(f"{prefix}{its.replace('.', '_').upper()}={value!r}: No such file or directory")
     said = BufferingHandler(10_000)
     logger = logging.Logger("librdkafka")  # of these clients alone, and of no other logger
     logger.addHandler(said)
@@ -2009,29 +1770,23 @@ def check_kafka(settings: Settings) -> None:
     client: dict[str, Any] = {**settings.kafka_client, "bootstrap.servers": brokers}
     try:
         producer = Producer(producer_properties(settings, brokers, "check"), logger=logger)
-        consumer = Consumer(asking_properties(settings, brokers), logger=logger)
+        consumer = Consumer(consumer_properties(settings, brokers), logger=logger)
         admin = AdminClient(client, logger=logger)
     except KafkaException as error:
         its = "a KAFKA_CLIENT_, _CONSUMER_ or _PRODUCER_ property is wrong"
         raise SettingsError(f"{its}: {reason_of(error)}") from None
     try:
         check_topics(settings, admin, [producer, consumer, admin], said)
-        if {**settings.kafka_client, **settings.kafka_consumer}.get("auto.offset.reset") in LATEST:
-            start_from_now(consumer, settings)
-        committed_offsets(consumer, settings.kafka_input_topic, [0])
+        committed = committed_offsets(consumer, settings.kafka_input_topic)
+        latest = {**settings.kafka_client, **settings.kafka_consumer}.get("auto.offset.reset") in LATEST
+        if latest and all(part.offset < 0 for part in committed):  # a new group; so it outlives a kill
+            for part in committed:  # partitions that are added later are read from their beginning
+                part.offset = consumer.get_watermark_offsets(part, timeout=CONNECT_SECONDS)[1]
+            with suppress(KafkaException):  # another copy is quicker, and has done it
+                commit_offsets(consumer, committed)
+        return consumer, admin
     except KafkaException as error:
         raise RunError(f"group {settings.group!r} cannot be used: {reason_of(error)}") from None
-    finally:
-        consumer.close()
-
-
-def check_files(settings: Settings) -> None:
-    """See that the files of certificates and keys are there: librdkafka does not name what it misses."""
-    for prefix, field in PROPERTIES.items():
-        for its, value in getattr(settings, field).items():
-            if its.endswith(".location") and value != "probe" and not os.path.exists(value):
-                name = prefix + its.replace(".", "_").upper()
-                raise SettingsError(f"{name}={value!r}: No such file or directory")
 
 
 def check_topics(settings: Settings, admin: AdminClient, clients: list[Any], said: BufferingHandler) -> None:
@@ -2068,71 +1823,58 @@ def why_not(settings: Settings, topic: str, error: BaseException, said: list[str
     return f"Kafka at {settings.kafka_brokers} (KAFKA_BROKERS) cannot be used: {reason}"
 
 
-def start_from_now(consumer: Consumer, settings: Settings) -> None:
-    """Commit the topic's ends where the group has committed nothing: so auto.offset.reset=latest outlives a kill.
-
-    Of a group that has begun, partitions that are added later are read from their beginning, as nobody has read them.
-    """
-    topic = settings.kafka_input_topic
-    partitions = committed_offsets(
-        consumer, topic, consumer.list_topics(topic, CONNECT_SECONDS).topics[topic].partitions
-    )
-    if all(part.offset < 0 for part in partitions):
-        for part in partitions:
-            part.offset = consumer.get_watermark_offsets(part, timeout=CONNECT_SECONDS)[1]
-        with suppress(KafkaException):  # another copy is quicker, and has done it
-            commit_offsets(consumer, partitions)
-
-
 def open_locations(settings: Settings) -> tuple[Locations, Databases | None]:
     """Open what the settings choose to locate with."""
     if settings.geoip_database:
         databases = Databases(settings)
-        return Locations(timed(settings, databases.locate()), settings), databases
+        return Locations(databases.locate(), settings), databases
     log.info("locating with %s, which is told the addresses", settings.ipapi_url)
-    return Locations(timed(settings, HttpApi(settings).locate), settings), None
+    return Locations(HttpApi(settings).locate, settings), None
 
 
-def run_process(settings: Settings, opened: tuple[Locations, Databases | None]) -> int:
-    """Run the workers of one process, until they are done or a signal comes.
-
-    Returns:
-        the exit code.
-
-    Raises:
-        RunError: Kafka or a look-up failed.
-        SettingsError: a setting cannot be used.
-    """
+def run_process(settings: Settings, locations: Locations, databases: Databases | None) -> int:
+    """Run the workers of one process, until they are done or a signal comes, and return the exit code."""
     stop, received = stop_on_signals()
-    locations, databases = opened
     name = f"{socket.gethostname()}-{free_slot(settings.group)}"
     workers = [Worker(settings, name, number, stop) for number in range(settings.bytewax_workers_per_process)]
     if settings.metrics_port:
         serve_metrics(settings.metrics_port, Metrics(workers, locations, databases), workers)
     if databases:
-        threading.Thread(target=follow_files, args=[settings, databases, locations], daemon=True).start()
-    with watched(workers, locations):
-        try:
-            run_dataflow(settings, workers, locations)
-        except (BytewaxRuntimeError, KafkaException, TimeoutError) as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:  # the engine wraps what a step raises
-                cause = cause.__cause__
-            if isinstance(cause, (KafkaException, TimeoutError)):
-                cause = RunError(f"Kafka at {settings.kafka_brokers} (KAFKA_BROKERS): {reason_of(cause)}")
-            raise cause from None
-        finally:
-            for worker in workers:
-                worker.leave()
+        threading.Thread(target=follow_files, args=[databases, locations], daemon=True).start()
+    over = threading.Event()
+    watch = threading.Thread(target=report, args=[workers, locations, over])
+    alone = multiprocessing.parent_process() is None
+    if alone and sys.stderr.isatty() and not settings.kafka_tail:
+        watch = threading.Thread(target=show_progress, args=[workers[0], over])
+    watch.start()
+    gc.freeze()  # what is there now stays
+    gc.set_threshold(GARBAGE)
+    try:
+        run_dataflow(settings, workers, locations)
+    except (BytewaxRuntimeError, KafkaException, TimeoutError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the engine wraps what a step raises
+            cause = cause.__cause__
+        if isinstance(cause, (KafkaException, TimeoutError)):
+            cause = RunError(f"Kafka at {settings.kafka_brokers} (KAFKA_BROKERS): {reason_of(cause)}")
+        raise cause from None
+    finally:
+        for worker in workers:
+            worker.leave()
+        over.set()
+        watch.join()
+        log.info("%s", summary(workers, locations))
     return 128 + received[0] if received and not settings.kafka_tail else 0
 
 
-def stop_on_signals() -> tuple[threading.Event, list[int]]:
-    """Let Ctrl-C and SIGTERM end the stream in good order, and the program in any case some seconds later.
+def end_at_once_on_signals(settings: Settings) -> None:
+    """Let Ctrl-C and SIGTERM end the program as long as nothing is under way."""
+    for signum in SIGNALS:
+        signal.signal(signum, lambda number, _frame: leave(0 if settings.kafka_tail else 128 + number))
 
-    Returns:
-        an event that is set then, and the signals that came.
-    """
+
+def stop_on_signals() -> tuple[threading.Event, list[int]]:
+    """Let Ctrl-C and SIGTERM set an event, remember which came, and end the program in any case some seconds later."""
     stop, received = threading.Event(), list[int]()
 
     def leave_anyway() -> None:
@@ -2143,11 +1885,9 @@ def stop_on_signals() -> tuple[threading.Event, list[int]]:
         received.append(signum)
         if not stop.is_set():
             stop.set()
-            deadline = threading.Timer(STOP_SECONDS, leave_anyway)
-            deadline.daemon = True
-            deadline.start()
+            threading.Timer(STOP_SECONDS, leave_anyway).start()
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in SIGNALS:
         signal.signal(signum, ask_to_stop)
     return stop, received
 
@@ -2163,12 +1903,9 @@ def free_slot(group: str) -> int:
         taken = socket.socket(socket.AF_UNIX)
         with suppress(OSError):
             taken.bind(f"\0kafka_enrich {group[:80]} {number}")
-            SLOTS.append(taken)
+            taken.detach()  # and so it stays open as long as the process lives
             return number
     raise RunError(f"1000 copies of group {group!r} run on this host")
-
-
-SLOTS: list[socket.socket] = []  # open as long as the process lives
 
 
 def run_processes(settings: Settings) -> int:
@@ -2177,8 +1914,11 @@ def run_processes(settings: Settings) -> int:
     spawn = multiprocessing.get_context("spawn")  # a fork would take over librdkafka's clients without their threads
     each = [its_settings(settings, number) for number in range(settings.processes)]
     children = [spawn.Process(target=run_child, args=[its]) for its in each]
+    resource_tracker.ensure_running()  # which unblocks signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in children, too, until they know what to do with them
     for child in children:
         child.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     failed = None
     running = list(children)
     while running:
@@ -2216,8 +1956,10 @@ def run_child(settings: Settings) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=follow, daemon=True).start()
+    end_at_once_on_signals(settings)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     set_up_logging(settings)
-    leave(exit_code_of(lambda: run_process(settings, open_locations(settings))))
+    leave(exit_code_of(lambda: run_process(settings, *open_locations(settings))))
 
 
 def exit_code_of(run: Callable[[], int]) -> int:
@@ -2225,15 +1967,21 @@ def exit_code_of(run: Callable[[], int]) -> int:
     try:
         return run()
     except (RunError, SettingsError) as error:
-        print(f"kafka_enrich.py: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"kafka_enrich.py: {line}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
+    except KafkaException as error:
+        print(f"kafka_enrich.py: Kafka does not answer: {reason_of(error)}", file=sys.stderr)
+    except Exception:
+        log.exception("this is a fault of kafka_enrich.py")
+    return 1
 
 
 def leave(exit_code: int) -> NoReturn:
     """End the process without waiting for librdkafka's clients, whose end can hang when all is committed and said."""
-    with suppress(BrokenPipeError):
-        sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
+            stream.flush()
     os._exit(exit_code)
 
 
@@ -2244,35 +1992,22 @@ def set_up_logging(settings: Settings) -> None:
     LIBRDKAFKA_LOG.setLevel(logging.DEBUG if settings.log_level == "DEBUG" else logging.CRITICAL)
 
 
-def help_text() -> str:
-    """Write what --help prints: the top of this file, and the settings."""
-    hints = get_type_hints(Settings, include_extras=True)
-    lines = [f"  {name:27}  {hints[field].__metadata__[0].description}" for name, field in NAMES.items()]
-    lines += [f"  {prefix + '*':27}  a property of librdkafka" for prefix in PROPERTIES]
-    return "\n".join([__doc__ or "", "Settings:\n", *lines])
-
-
 def enrich(settings: Settings) -> int:
-    """Check what can be checked before the start, and run; what is returned and raised is run_process's."""
+    """Check what can be checked before the start, and run."""
     log.info("%s", settings)
-    for line in doubtful_names(os.environ):
-        log.warning("%s", line)
     opened = open_locations(settings)
     check_kafka(settings)
     if settings.processes == 1:
-        return run_process(settings, opened)
+        return run_process(settings, *opened)
     del opened  # each process opens its own
     return run_processes(settings)
 
 
 def check(settings: Settings) -> int:
-    """Do every check of a start, and print what it found; what is raised is run_process's."""
+    """Do every check of a start, and print what it found."""
     _, databases = open_locations(settings)
-    check_kafka(settings)
-    brokers, topic, group = settings.kafka_brokers, settings.kafka_input_topic, settings.group
-    asks = Consumer(asking_properties(settings, brokers), logger=LIBRDKAFKA_LOG)
-    admin = AdminClient({**settings.kafka_client, "bootstrap.servers": brokers}, logger=LIBRDKAFKA_LOG)
-    members = 0
+    asks, admin = check_kafka(settings)
+    topic, group, members = settings.kafka_input_topic, settings.group, 0
     with suppress(KafkaException):  # of a group that nobody has joined yet
         members = len(admin.describe_consumer_groups([group])[group].result(CONNECT_SECONDS).members)
     found = asks.list_topics(timeout=CONNECT_SECONDS)
@@ -2309,22 +2044,21 @@ def main() -> int:
     what.add_argument("values", nargs="*", type=os.fsencode, default=[])
     arguments = parser.parse_args()
     if arguments.help:
-        print(help_text())
+        hints = get_type_hints(Settings, include_extras=True)
+        lines = [f"  {name:27}  {hints[field].__metadata__[0].description}" for name, field in NAMES.items()]
+        lines += [f"  {prefix + '*':27}  a property of librdkafka" for prefix in PROPERTIES]
+        print(__doc__ or "", "Settings:\n", *lines, sep="\n")
         return 0
-    try:
-        settings = read_settings(with_settings_file(os.environ, Path(__file__).with_name("kafka_enrich.env")))
-    except SettingsError as error:
-        for line in str(error).splitlines():
-            print(f"kafka_enrich.py: {line}", file=sys.stderr)
-        return 2
+    environment = with_settings_file(os.environ, Path(__file__).with_name("kafka_enrich.env"))
+    settings = read_settings(environment)
     set_up_logging(settings)
-    for signum in (signal.SIGINT, signal.SIGTERM):  # nothing is under way yet
-        signal.signal(signum, lambda number, _frame: leave(0 if settings.kafka_tail else 128 + number))
+    for line in doubtful_names(environment):
+        log.warning("%s", line)
+    end_at_once_on_signals(settings)
     if arguments.values:
-        values = sys.stdin.buffer if arguments.values == [b"-"] else arguments.values
-        return exit_code_of(lambda: try_out(settings, values))
-    return exit_code_of(lambda: check(settings) if arguments.check else enrich(settings))
+        return try_out(settings, sys.stdin.buffer if arguments.values == [b"-"] else arguments.values)
+    return check(settings) if arguments.check else enrich(settings)
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(exit_code_of(main))

@@ -250,6 +250,7 @@ def test_language(tmp_path: Path, language: str, country: str) -> None:
 def test_network(tmp_path: Path, address: str, network: str) -> None:
     path = write_database(tmp_path / "city.mmdb", {"8.8.8.0/24": BERLIN, "9.0.0.0/8": BERLIN, "2001:4860::/32": BERLIN})
     assert found(path, address, FIELDS="city,network") == {"city": "Berlin", "network": network}
+    assert found(path, address, FIELDS="network") == {"network": network}
 
 
 @pytest.mark.parametrize("record", [{}, {"city": ""}, {"traits": {"is_anycast": True}}, "Berlin", [1]])

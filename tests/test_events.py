@@ -156,6 +156,7 @@ def test_anything_else_passes_unchanged(value: bytes) -> None:
         ("/", b'{"":"8.8.8.8"}'),
         ("X-Forwarded-For", b'{"X-Forwarded-For":"8.8.8.8"}'),
         ("größe 1", '{"größe 1":"8.8.8.8"}'.encode()),
+        ("client.straße", '{"client":{"straße":"8.8.8.8","ip":"10.0.0.1"}}'.encode()),
         ("hops.1", b'{"hops":["10.0.0.1","8.8.8.8"]}'),
         ("/hops/0/ip", b'{"hops":[{"ip":"8.8.8.8"},{"ip":"10.0.0.1"}]}'),
         ("hops.0.ip", b'{"hops":{"0":{"ip":"8.8.8.8"}}}'),

@@ -514,6 +514,18 @@ def test_signal_ends_all_processes(
     assert addresses(topics) == each_once(written)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_processes_that_have_only_begun(
+    kafka_enrich_program: Program, topics: Topics, signum: signal.Signals
+) -> None:
+    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, **TAIL, PROCESSES="2")
+    wait_until(lambda: len(children(process)) > 1)  # it is at its imports
+    for pid in [process.pid, *children(process)] if signum == signal.SIGINT else [process.pid]:
+        os.kill(pid, signum)
+    stopped = ended(process)
+    assert (stopped.exit_code, "Traceback" in stopped.errors) == (0, False)
+
+
 def test_process_that_dies_ends_all(kafka_enrich_program: Program, topics: Topics) -> None:
     process = kafka_enrich_program.start(**topics.environment(), **DATABASE, **TAIL, PROCESSES="2")
     wait_until(lambda: shares(topics) == [2, 2])

@@ -62,6 +62,13 @@ def test_nobody_reads_what_is_tried_out(kafka_enrich_program: Program) -> None:
     assert b"Traceback" not in tried.stderr
 
 
+def test_former_setting_in_the_settings_file_is_warned_of(kafka_enrich_program: Program) -> None:
+    kafka_enrich_program.script.with_name("kafka_enrich.env").write_text("RECOVERY_DIR=/data\n")
+    tried = kafka_enrich_program("9.9.9.9", **DATABASE)
+    assert tried.exit_code == 0
+    assert "WARNING RECOVERY_DIR is ignored: the consumer group keeps the place" in tried.errors
+
+
 def test_lookup_that_fails_stops_where_that_is_wanted(kafka_enrich_program: Program, api: Api) -> None:
     api.reply = lambda _path: Reply(status=503)
     tried = kafka_enrich_program("8.8.8.8", IPAPI_URL=api.url, ON_LOOKUP_FAILED="stop")

@@ -245,6 +245,11 @@ def test_properties_that_carry_the_guarantee(guarantee: str, promised: dict[str,
     }
 
 
+def test_transactions_outlast_the_time_between_commits() -> None:
+    settings = read_settings({"DELIVERY_GUARANTEE": "exactly_once", "COMMIT_SECONDS": "60"})
+    assert producer_properties(settings, "a:1", "host-0")["transaction.timeout.ms"] == 75_000
+
+
 @pytest.mark.parametrize("value", ["never", "none", "error", ""])
 def test_offset_reset_that_would_be_ignored_is_refused(value: str) -> None:
     with pytest.raises(SettingsError, match=f"KAFKA_CONSUMER_AUTO_OFFSET_RESET={value!r} is not earliest or latest"):
