@@ -148,6 +148,7 @@ TRANSACTION_SECONDS = 15  # after a kill readers of committed records wait so lo
 COMMIT_LIMIT = 30.0  # s; what takes longer is done again with a new producer
 LEAVE_LIMIT = 1.5  # s; in the midst of a rebalance it can take longer, and the session times out anyway
 UNWELL_SECONDS = 60  # after which it says so, again and again
+STANDSTILL_SECONDS = 180  # no call takes as long, but some of librdkafka's have been seen never to return
 
 
 def codes(names: str) -> set[int]:
@@ -204,7 +205,7 @@ class Worker:
         self.rebalances = self.refusals = 0
         self.lag: dict[int, int] = {}  # by partition: records that are not committed
         self.progress: tuple[int, int] | None = None  # of a bounded run: how many records are done, of how many
-        self.last_commit = self.last_record = self.up_to_date = time.monotonic()
+        self.last_turn = self.last_commit = self.last_record = self.up_to_date = time.monotonic()
         self.trouble_since: float | None = None
         self.trouble = ""
         self.reminder = 0.0
@@ -294,10 +295,8 @@ class Worker:
 
     def learn_why(self) -> None:
         """Ask a transaction that failed why: the reports of its records only say that they were purged."""
-        anything = [TopicPartition(self.settings.kafka_input_topic, 0, 0)]  # it is never committed
-        member = self.consumer.consumer_group_metadata()
         try:
-            within(ASK_SECONDS, self.producer.send_offsets_to_transaction, anything, member, ASK_SECONDS)
+            within(ASK_SECONDS, self.producer.begin_transaction)  # in the midst of one it says what has become of it
         except (KafkaException, TimeoutError) as error:
             if code_of(error) not in REFUSALS:
                 return
@@ -468,6 +467,12 @@ def code_of(error: BaseException | None) -> int | None:
     return cause.code() if isinstance(cause, KafkaError) else None
 
 
+def is_trouble(message: Message) -> bool:
+    """Tell what a consumer says of itself, whose partition means nothing, from records and ends of partitions."""
+    error = message.error()
+    return error is not None and error.code() != KafkaError._PARTITION_EOF
+
+
 class KafkaInput(StatelessSourcePartition[Message]):
     """What one worker reads."""
 
@@ -498,6 +503,7 @@ class KafkaInput(StatelessSourcePartition[Message]):
     def next_batch(self) -> list[Message]:
         """Read what there is, up to a batch, but nothing before the output has taken the batch before it."""
         worker = self._worker
+        worker.last_turn = time.monotonic()
         if worker.under_way:
             return []
         if worker.unread:
@@ -547,8 +553,8 @@ class KafkaInput(StatelessSourcePartition[Message]):
             messages = [] if message is None else [message]  # one without a value is false
         if self._rebalances != worker.rebalances:  # of partitions that have just left, the next owner reads it
             self._rebalances = worker.rebalances
-            owned = {part.partition for part in consumer.assignment()} | {None}  # and what concerns no partition
-            messages = [message for message in messages if message.partition() in owned]
+            owned = {part.partition for part in consumer.assignment()}
+            messages = [message for message in messages if message.partition() in owned or is_trouble(message)]
             self._resume_at = self._resume_at or time.monotonic()  # one that comes back may still be paused
             numbers = sorted(part.partition for part in consumer.assignment())
             log.info("worker %s reads partitions %s", worker.name, numbers)
@@ -603,18 +609,22 @@ class KafkaInput(StatelessSourcePartition[Message]):
             return
         topic = self._worker.settings.kafka_input_topic
         partitions = [TopicPartition(topic, number) for number in self._remaining or [0]]
-        with suppress(KafkaException):
+        try:
             committed = self._asks.committed(partitions, timeout=ASK_SECONDS)
-            if any(part.error for part in committed):
-                return
-            if self._worker.produced == self._worker.committed:  # else the next commit tells
-                self._worker.all_is_well()
-            if self._remaining:
-                for part in committed:
-                    before = self._remaining.pop(part.partition)
-                    if part.offset < before.stop:
-                        self._remaining[part.partition] = range(max(part.offset, before.start), before.stop)
-                self._worker.progress = self._total - sum(map(len, self._remaining.values())), self._total
+        except KafkaException as error:
+            if self._worker.trouble_since is not None:  # one time-out by itself is none
+                self._worker.in_trouble(reason_of(error))
+            return
+        if any(part.error for part in committed):
+            return
+        if self._worker.produced == self._worker.committed:  # else the next commit tells
+            self._worker.all_is_well()
+        if self._remaining:
+            for part in committed:
+                before = self._remaining.pop(part.partition)
+                if part.offset < before.stop:
+                    self._remaining[part.partition] = range(max(part.offset, before.start), before.stop)
+            self._worker.progress = self._total - sum(map(len, self._remaining.values())), self._total
 
 
 def remaining(consumer: Consumer, asks: Consumer, topic: str) -> dict[int, range]:
@@ -1658,6 +1668,9 @@ def report(workers: list[Worker], locations: Locations, over: threading.Event) -
     """Log every ten seconds what became of the records, and how many wait."""
     before = 0
     while not over.wait(REPORT_SECONDS):
+        if any(time.monotonic() - worker.last_turn > STANDSTILL_SECONDS for worker in workers):
+            log.error("ends, as Kafka's client has not returned for %d s: start it again", STANDSTILL_SECONDS)
+            leave(1)
         records = sum(worker.counts.total() for worker in workers)
         lag = sum(sum(worker.lag.values()) for worker in workers)
         log.info("%.0f/s, lag %d; %s", (records - before) / REPORT_SECONDS, lag, summary(workers, locations))

@@ -31,6 +31,7 @@ pytestmark = [
 ]
 PARTITIONS = 6
 CHANCE = random.SystemRandom()
+LOCATED = b'{"city": "Mountain View", "region": "California", "country_name": "United States"}'
 INSTANCE = {"KAFKA_CONSUMER_GROUP_INSTANCE_ID": "first"}  # without it a killed copy's partitions rest for 10 s
 
 
@@ -465,6 +466,22 @@ def test_processes(trial: Trial) -> None:
     trial.ended(copy, 0, seconds=STOP_SECONDS)
     start()
     trial.finish("PROCESSES=2: a child killed, the parent killed, Ctrl-C")
+
+
+def test_no_source_of_locations_outlasts_the_poll_interval(trial: Trial, api: Api) -> None:
+    """A member that does not poll for so long is put out of its group, and all it has not committed is done again."""
+    limits = {f"KAFKA_CONSUMER_{name}_MS": "6000" for name in ("SESSION_TIMEOUT", "MAX_POLL_INTERVAL")}
+    api.reply = lambda _path: Reply(LOCATED, delay=1)
+    trial.write(10)
+    copy = trial.start(IPAPI_URL=api.url, ON_LOOKUP_FAILED="wait", **limits)
+    trial.wait_for(range(10))
+    api.reply = lambda _path: Reply(b"", 429, {"Retry-After": "8"})
+    asked = len(api.asked)
+    trial.write(10)
+    wait_until(lambda: len(api.asked) > asked + 1)  # once before the pause, once after it
+    api.reply = lambda _path: Reply(LOCATED)
+    trial.finish("look-ups that take longer than max.poll.interval.ms", never_doubled=True)
+    assert "put out of the group" not in copy.text()
 
 
 @pytest.mark.parametrize("several", ["PROCESSES", "BYTEWAX_WORKERS_PER_PROCESS"])
