@@ -58,6 +58,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from logging.handlers import BufferingHandler
@@ -116,27 +117,31 @@ def run_dataflow(settings: "Settings", workers: "list[Worker]", locations: "Loca
     cluster_main(flow, addresses=[], proc_id=0, epoch_interval=never, worker_count_per_proc=len(workers))
 
 
+@dataclass
 class KafkaInputConfig(DynamicSource[Message]):
-    """Reads a topic; each worker is a member of the consumer group."""
+    """Reads a topic, each worker as a member of the consumer group: with tail what arrives, too, else what it holds."""
 
-    def __init__(self, brokers: str, topic: str, tail: bool, workers: "list[Worker]") -> None:
-        """Choose what to read: with tail what arrives, too, or else what the topic holds at the start."""
-        self._brokers, self._topic, self._tail, self._workers = brokers, topic, tail, workers
+    brokers: str
+    topic: str
+    tail: bool
+    workers: "list[Worker]"
 
-    def build(self, _step_id: str, worker_index: int, _worker_count: int) -> "KafkaInput":
+    def build(self, _step_id: str, worker_index: int, _worker_count: int) -> "Worker":
         """Join the group with one worker."""
-        return KafkaInput(self._workers[worker_index], self._brokers, self._topic, self._tail)
+        return self.workers[worker_index].join(self.brokers, self.topic, self.tail)
 
 
+@dataclass
 class KafkaOutputConfig(DynamicSink[Enriched]):
     """Writes to a topic, and commits."""
 
-    def __init__(self, brokers: str, topic: str, workers: "list[Worker]") -> None:
-        self._brokers, self._topic, self._workers = brokers, topic, workers
+    brokers: str
+    topic: str
+    workers: "list[Worker]"
 
-    def build(self, _step_id: str, worker_index: int, _worker_count: int) -> "KafkaOutput":
+    def build(self, _step_id: str, worker_index: int, _worker_count: int) -> "Worker":
         """Connect the producer of one worker."""
-        return KafkaOutput(self._workers[worker_index], self._brokers, self._topic)
+        return self.workers[worker_index].connect_output(self.brokers, self.topic)
 
 
 # --- Kafka: input, output, commit -------------------------------------------------------------------------------
@@ -170,45 +175,194 @@ GROUP_REFUSALS = codes(
     "_FATAL FENCED_INSTANCE_ID GROUP_AUTHORIZATION_FAILED INCONSISTENT_GROUP_PROTOCOL INVALID_SESSION_TIMEOUT"
 )
 REBALANCING = codes("ILLEGAL_GENERATION REBALANCE_IN_PROGRESS UNKNOWN_MEMBER_ID")
+UNREACHABLE = codes("_ALL_BROKERS_DOWN _AUTHENTICATION _SSL")  # one broker away of several is no trouble
 
 
 class RunError(Exception):
     """The run cannot go on; the message says why, and what to do."""
 
 
-class Worker:
-    """One member of the consumer group: a consumer, a producer, and how far the output has come.
+class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]):
+    """One member of the consumer group: what it reads, what it writes, and how far that has come.
 
-    Its input, look-up and output run one after another in one thread, and nothing is under way when it commits.
+    Input, look-up and output run one after another in one thread, and a batch is read when the one before it is
+    written, so that nothing is under way when it commits, when partitions move, and when it ends.
     """
 
     consumer: Consumer
     producer: Producer
-    producer_properties: dict[str, Any]
 
     def __init__(self, settings: "Settings", process: str, number: int, stop: threading.Event) -> None:
         """Connect nothing yet; the process has a name that no other of the group has, and stop is set to end it."""
         self.settings, self.number, self.stop = settings, number, stop
         self.name = f"{process}-{number}"  # in logs and of transactions
+        # A look-up over HTTP may take seconds, and between two batches the group and a stop get their turn.
+        self.batch_size = 1_000 if settings.geoip_database else 1
         self.in_group = False
-        self.attempt = 0  # of its producers, the one in use
-        self.under_way = 0  # records that were read and that the output has not taken
-        self.produced: dict[int, int] = {}  # by partition: the offset after the last record that was produced
+        self.moved = False  # whether partitions came or went
+        self.under_way = 0  # records that were read and are not written
         self.unread: dict[int, int] = {}  # by partition: the first record that waits for the source of locations
         self.waits_for_source = False
+        self.ends: dict[int, int] = {}  # by partition: the offset after its last record, when there is no next one
+        self.remaining: dict[int, range] | None = None  # of a bounded run: what the group has not committed
+        self.total = 0  # records that remained at its start
+        self.produced: dict[int, int] = {}  # by partition: the offset after the last record that was produced
         self.committed: dict[int, int] = {}
-        self.broken: str | None = None  # why everything since the last commit has to be done again
-        self.refused: RunError | None = None
-        self.batch_refused = self.one_by_one = False  # after a batch was refused records are sent one by one
         self.pending: Counter[str] = Counter()  # results since the last commit
         self.counts = Counter[str]()  # results that are committed
+        self.broken = ""  # why everything since the last commit has to be done again
+        self.refused: RunError | None = None
+        self.one_by_one = False  # after a batch was refused, whose reports do not tell which record it was
+        self.attempt = 0  # of its producers, the one in use
         self.rebalances = self.refusals = 0
         self.lag: dict[int, int] = {}  # by partition: records that are not committed
-        self.progress: tuple[int, int] | None = None  # of a bounded run: how many records are done, of how many
+        self.trouble, self.reminder = "", 0.0
+        self.commit_at = self.ask_at = self.read_at = 0.0
         self.last_turn = self.last_commit = self.last_record = self.up_to_date = time.monotonic()
-        self.trouble_since: float | None = None
-        self.trouble = ""
-        self.reminder = 0.0
+
+    def join(self, brokers: str, topic: str, tail: bool) -> "Worker":
+        """Connect a consumer, find what a bounded run has to do, and join the group."""
+        self.input_topic, settings = topic, self.settings
+        properties = consumer_properties(settings, brokers, self.number)
+        self.consumer = Consumer({**properties, "error_cb": self.complain}, logger=LIBRDKAFKA_LOG)
+        self.in_group = True
+        # Of a member that waits for a rebalance, brokers answer no question before that ends; of who only asks they do.
+        self.asks = self.consumer if tail else Consumer(consumer_properties(settings, brokers), logger=LIBRDKAFKA_LOG)
+        if not tail:
+            self.remaining = remaining(self.consumer, self.asks, topic)
+            self.total = sum(map(len, self.remaining.values()))
+            if not self.remaining:
+                why = "another one, or one that is reset, does all again"
+                log.info("nothing new for KAFKA_GROUP_ID=%s; %s", settings.group, why)
+                return self
+        self.consumer.subscribe([topic], on_assign=self.assigned, on_revoke=self.revoked, on_lost=self.lost)
+        return self
+
+    def next_batch(self) -> list[Message]:
+        """Read what there is, up to a batch, but nothing before the output has written the batch before it."""
+        now = self.last_turn = time.monotonic()
+        if self.under_way:
+            return []
+        if self.unread:
+            self.read_again()
+        for partition, end in self.ends.items():
+            self.produced[partition] = max(end, self.produced.get(partition, 0))
+        self.ends.clear()
+        if self.stop.is_set():  # exactly once, what is not committed is aborted, and whoever reads on does it again
+            while not self.commit() and not self.settings.exactly_once:
+                self.consumer.poll(0.1)  # a rebalance that is under way has to end before a commit
+            raise StopIteration
+        if self.refused:
+            raise self.refused
+        if self.broken:
+            self.do_again()
+            return []
+        if now >= self.commit_at:
+            self.commit_at = now + self.settings.seconds_between_commits
+            self.commit()
+        if now >= self.ask_at:
+            self.ask_at = now + ASK_SECONDS
+            self.ask()
+        if self.remaining == {}:  # the group has committed the end of every partition as it was at the start
+            raise StopIteration
+        records = [its for its in self.read() if (error := its.error()) is None or self.take_error(its, error)]
+        if records:
+            self.last_record = now
+        self.under_way = len(records)
+        return records
+
+    def read(self) -> list[Message]:
+        """Read records and events, and let the group have its turn."""
+        if time.monotonic() < self.read_at:
+            time.sleep(IDLE_SECONDS)
+            return []
+        messages = self.consumer.consume(self.batch_size, 0)
+        if not messages:
+            if self.remaining is not None:
+                self.commit()  # so that a bounded run does not wait for its end
+            message = self.consumer.poll(IDLE_SECONDS)
+            messages = [] if message is None else [message]  # one without a value is false
+        if self.moved:  # of partitions that have just left, the next owner reads it
+            self.moved = False
+            owned = {part.partition for part in self.consumer.assignment()}
+            messages = [message for message in messages if message.partition() in owned or is_trouble(message)]
+            log.info("worker %s reads partitions %s", self.name, sorted(owned))
+        return messages
+
+    def take_error(self, message: Message, error: KafkaError) -> bool:
+        """Take a message that is no record: the end of a partition, or an error of the consumer."""
+        group = f"group {self.settings.group!r}"
+        if error.code() == KafkaError._PARTITION_EOF:
+            self.ends[message.partition() or 0] = message.offset() or 0
+        elif error.fatal() or error.code() in GROUP_REFUSALS:
+            raise RunError(f"{group} cannot be joined: {error.str()}")
+        elif error.code() in REFUSALS:
+            raise RunError(f"topic {self.input_topic!r} cannot be read: {error.str()}")
+        else:
+            log.info("worker %s: %s", self.name, error.str())
+        return False
+
+    def connect_output(self, brokers: str, topic: str) -> "Worker":
+        """Connect a producer to the topic of what is located, or passes unchanged."""
+        self.output_topic, self.error_topic = topic, self.settings.kafka_error_topic
+        self.errors = set(RESULTS) - {"located", "tombstone"} if self.error_topic else set[str]()
+        self.producer_properties = producer_properties(self.settings, brokers, self.name)
+        self.connect_producer()
+        return self
+
+    def write_batch(self, items: list[Enriched]) -> None:
+        """Produce records, each with the key, the headers and the timestamp of what came in."""
+        producer, produced, pending = self.producer, self.produced, self.pending
+        report = functools.partial(self.undelivered, self.attempt)
+        self.under_way -= len(items)
+        if self.settings.on_lookup_failed == "wait":
+            items = self.set_aside(items)
+        try:
+            for record, (value, result) in items:
+                topic, headers = self.output_topic, record.headers()
+                if result in self.errors:
+                    topic, value = self.error_topic, record.value()
+                    headers = [*(headers or ()), *error_headers(record, result)]
+                # A call-back for each record takes as long as all the rest, so it is had where it is needed.
+                named = functools.partial(report, record) if self.one_by_one else None
+                moment = max(record.timestamp()[1], 0)  # a record without one has -1, and 0 is now
+                while True:
+                    try:
+                        producer.produce(topic, value, record.key(), -1, named, None, moment, headers)
+                        break
+                    except BufferError:  # the queue is full: wait for the brokers
+                        self.last_turn = time.monotonic()
+                        producer.poll(0.1)
+                produced[record.partition() or 0] = (record.offset() or 0) + 1
+                pending[result] += 1
+            producer.poll(0)
+        except KafkaException as error:  # the transaction has failed already, and all of it is done again
+            report(record, error.args[0], Message(topic=topic))
+
+    def set_aside(self, items: list[Enriched]) -> list[Enriched]:
+        """Leave out of a batch what begins with a look-up that failed, to be read again; say so once."""
+        # Where the engine has cut a batch in two, what follows in the second part may not get past the first.
+        answered = [] if self.unread else list(itertools.takewhile(lambda item: item[1][1] != WAITS, items))
+        for record, (why, _) in items[len(answered) :]:
+            if not self.waits_for_source:
+                self.waits_for_source = True
+                log.warning("worker %s waits for the source of locations: %s", self.name, (why or b"").decode())
+            self.unread.setdefault(record.partition() or 0, record.offset() or 0)
+        if answered and self.waits_for_source and not self.unread:
+            self.waits_for_source = False
+            log.info("worker %s: the source of locations answers again", self.name)
+        return answered
+
+    def read_again(self) -> None:
+        """Go back to the records that wait for the source of locations, and wait a moment."""
+        for partition, offset in self.unread.items():
+            self.ends.pop(partition, None)
+            try:
+                self.consumer.seek(TopicPartition(self.input_topic, partition, offset))
+            except KafkaException as error:  # never past it: all that is not committed is read again
+                self.broken = reason_of(error)
+        self.unread.clear()
+        self.read_at = time.monotonic() + RETRY_SECONDS
 
     def commit(self) -> bool:
         """Commit what was produced: the whole delivery guarantee, in the order in which it happens.
@@ -218,14 +372,14 @@ class Worker:
         not work: it is tried again the next time, or everything since the last one done again.
         """
         offsets = [
-            TopicPartition(self.settings.kafka_input_topic, partition, offset)
+            TopicPartition(self.input_topic, partition, offset)
             for partition, offset in self.produced.items()
             if offset != self.committed.get(partition)
         ]
         if self.broken:
             return False
         if not offsets:
-            self.up_to_date = time.monotonic()
+            self.up_to_date = self.up_to_date if self.trouble else time.monotonic()
             return True
         began = time.monotonic()
         try:
@@ -243,7 +397,7 @@ class Worker:
         self.committed.update((offset.partition, offset.offset) for offset in offsets)
         self.counts.update(self.pending)
         self.pending.clear()
-        self.last_commit = self.up_to_date = time.monotonic()
+        self.last_commit = time.monotonic()
         COMMIT_SECONDS.observe(self.last_commit - began)
         self.all_is_well()
         return True
@@ -279,80 +433,71 @@ class Worker:
 
     def do_again(self) -> None:
         """Go back to the committed offsets with a new producer, which aborts what the old one left open."""
-        if self.settings.exactly_once:
-            self.learn_why()
-        if self.batch_refused and not self.one_by_one:
-            self.one_by_one = True
-            log.warning("worker %s sends each record by itself now, as a batch was refused", self.name)
-        threading.Thread(target=retire, args=[self.producer], daemon=True).start()
-        self.connect_producer()
-        for position in self.consumer.committed(self.consumer.assignment(), timeout=COMMIT_LIMIT):
-            if position.error:
-                raise KafkaException(position.error)
-            position.offset = max(position.offset, -2)  # the beginning, where nothing is committed
-            self.consumer.seek(position)
+        message = self.consumer.poll(RETRY_SECONDS)  # the group has its turn; what it returns is read again
+        if message is not None and (error := message.error()):
+            self.take_error(message, error)
+        self.ends.clear()
+        try:
+            if self.settings.exactly_once:
+                self.learn_why()
+            threading.Thread(target=retire, args=[self.producer], daemon=True).start()
+            self.connect_producer()
+            for position in committed_offsets(self.consumer, self.consumer.assignment(), CONNECT_SECONDS):
+                position.offset = max(position.offset, -2)  # the beginning, where nothing is committed
+                self.consumer.seek(position)
+        except (KafkaException, TimeoutError) as failure:
+            if code_of(failure) in REFUSALS:
+                raise RunError(f"group {self.settings.group!r} cannot go on: {reason_of(failure)}") from None
+            self.in_trouble(reason_of(failure))
+            return
         for forgotten in (self.produced, self.committed, self.pending):
             forgotten.clear()
-        self.broken = None
+        self.broken = ""
 
     def learn_why(self) -> None:
         """Ask a transaction that failed why: the reports of its records only say that they were purged."""
         try:
             within(ASK_SECONDS, self.producer.begin_transaction)  # in the midst of one it says what has become of it
         except (KafkaException, TimeoutError) as error:
-            if code_of(error) not in REFUSALS:
-                return
-            if self.one_by_one:
+            if code_of(error) in REFUSALS and self.one_by_one:
                 topics = " or ".join(map(repr, self.settings.written))
                 raise RunError(f"topic {topics} cannot be written: {reason_of(error)}") from None
-            self.batch_refused = True
+            self.one_by_one = self.one_by_one or code_of(error) in REFUSALS
 
     def connect_producer(self) -> None:
         """Connect a producer, and begin its first transaction where there are any."""
         self.attempt += 1
-        batch = {"batch.num.messages": 1} if self.one_by_one else {}
         calls = {"error_cb": self.complain, "on_delivery": functools.partial(self.undelivered, self.attempt, None)}
-        self.producer = Producer({**self.producer_properties, **batch, **calls}, logger=LIBRDKAFKA_LOG)
+        if self.one_by_one:
+            calls["batch.num.messages"] = 1
+            log.warning("worker %s sends each record by itself now, as a batch was refused", self.name)
+        self.producer = Producer({**self.producer_properties, **calls}, logger=LIBRDKAFKA_LOG)
         if self.settings.exactly_once:
             within(COMMIT_LIMIT, self.producer.init_transactions, COMMIT_LIMIT)
             self.producer.begin_transaction()
 
     def undelivered(self, attempt: int, record: Message | None, error: KafkaError, output: Message) -> None:
         """Take the report of a record that did not get to its topic; of the others there is none."""
-        if attempt != self.attempt:  # its producer was given up, and its records are done again
+        if attempt != self.attempt or self.broken or self.refused:  # it is done again, or was said
             return
-        self.refusals += error.code() in REFUSALS
-        if error.code() in REFUSALS and record is not None:
-            topic, partition, offset = record.topic(), record.partition(), record.offset() or 0
+        refused = error.code() in REFUSALS
+        self.refusals += refused
+        if refused and record is not None:
+            at = f"{record.topic()}:{record.partition()}"
             advice = "mend that; nothing after it is committed"
             if error.code() in RECORD_REFUSALS:
-                skip = f"--topic {topic}:{partition} --reset-offsets --to-offset {offset + 1} --execute"
+                skip = f"--topic {at} --reset-offsets --to-offset {(record.offset() or 0) + 1} --execute"
                 command = f"kafka-consumer-groups.sh --group {self.settings.group} {skip}"
                 advice = f"mend that (max.message.bytes?), or skip the record: {command}"
-            self.refused = self.refused or RunError(
-                f"{topic}[{partition}] offset {offset} is refused by topic {output.topic()!r}: {error.str()}; {advice}"
-            )
-        else:
-            # All records of a batch have the same report, so only those sent one by one tell which was refused.
-            self.batch_refused = self.batch_refused or error.code() in REFUSALS
-            self.broken = self.broken or error.str()
-
-    def set_aside(self, items: list[Enriched]) -> list[Enriched]:
-        """Leave out of a batch what begins with a look-up that failed, to be read again; say so once."""
-        # Where the engine has cut a batch in two, what follows in the second part may not get past the first.
-        answered = [] if self.unread else list(itertools.takewhile(lambda item: item[1][1] != WAITS, items))
-        for record, (why, _) in items[len(answered) :]:
-            if not self.waits_for_source:
-                self.waits_for_source = True
-                log.warning("worker %s waits for the source of locations: %s", self.name, (why or b"").decode())
-            self.unread.setdefault(record.partition() or 0, record.offset() or 0)
-        if answered and self.waits_for_source and not self.unread:
-            self.waits_for_source = False
-            log.info("worker %s: the source of locations answers again", self.name)
-        return answered
+            what = f"{record.topic()}[{record.partition()}] offset {record.offset()}"
+            self.refused = RunError(f"{what} is refused by topic {output.topic()!r}: {error.str()}; {advice}")
+        else:  # all records of a batch have the same report
+            self.one_by_one = self.one_by_one or refused
+            self.broken = error.str()
 
     def assigned(self, _consumer: Consumer, _partitions: list[TopicPartition]) -> None:
-        """Count that partitions have come."""
+        """Note that partitions have come."""
+        self.moved = True
         self.rebalances += 1
 
     def revoked(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -361,54 +506,73 @@ class Worker:
             self.commit()
         except RunError as error:
             self.refused = error
-        self.left(partitions)
+        self.forget(partitions)
 
     def lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Give up what is not committed: another member may have begun with it."""
         if self.settings.exactly_once and self.produced != self.committed:
             self.broken = "partitions were lost"
         log.warning("worker %s was put out of the group, and joins again", self.name)
-        self.left(partitions)
+        self.forget(partitions)
 
-    def left(self, partitions: list[TopicPartition]) -> None:
+    def forget(self, partitions: list[TopicPartition]) -> None:
         """Forget how far partitions have come that belong to others now."""
+        self.moved = True
         self.rebalances += 1
         for part in partitions:
             for known in (self.produced, self.committed, self.lag):
                 known.pop(part.partition, None)
 
+    def ask(self) -> None:
+        """Note the lag, and ask what the group has committed: a bounded run ends with that, and so does trouble."""
+        for number, offset in self.committed.items():  # up to the ends that the last fetch has told
+            _, end = self.consumer.get_watermark_offsets(TopicPartition(self.input_topic, number), cached=True)
+            self.lag[number] = max(0, end - offset)
+        if not self.remaining and not self.trouble:
+            return
+        partitions = [TopicPartition(self.input_topic, number) for number in self.remaining or [0]]
+        try:
+            found = committed_offsets(self.asks, partitions, ASK_SECONDS)
+        except KafkaException as error:
+            if self.trouble:  # one time-out by itself is none
+                self.in_trouble(reason_of(error))
+            return
+        if self.produced == self.committed:  # else the next commit tells
+            self.all_is_well()
+        if self.remaining:
+            ranges = ((part, self.remaining[part.partition]) for part in found)
+            left = {part.partition: range(max(part.offset, its.start), its.stop) for part, its in ranges}
+            self.remaining = {number: its for number, its in left.items() if its}
+
     def complain(self, error: KafkaError) -> None:
-        """Take what librdkafka says of its connections; one broker away of several is no trouble."""
-        if error.code() in (KafkaError._ALL_BROKERS_DOWN, KafkaError._AUTHENTICATION, KafkaError._SSL):
+        """Take what librdkafka says of its connections."""
+        if error.code() in UNREACHABLE:
             self.in_trouble(error.str())
 
     def in_trouble(self, reason: str) -> None:
         """Say that Kafka does not answer: once when it begins, and once a minute."""
-        now, self.trouble = time.monotonic(), reason
-        if self.trouble_since is None:
-            self.trouble_since = self.reminder = now
+        self.trouble, now = reason, time.monotonic()
         if now >= self.reminder:
             self.reminder = now + UNWELL_SECONDS
             log.warning("worker %s waits for Kafka: %s", self.name, reason)
 
     def all_is_well(self) -> None:
         """Say that Kafka answers again, where it did not."""
-        if self.trouble_since is not None:
-            log.info("worker %s goes on after %.0f s", self.name, time.monotonic() - self.trouble_since)
-            self.trouble_since = None
+        now = time.monotonic()
+        if self.trouble:
+            log.info("worker %s goes on after %.0f s", self.name, now - self.up_to_date)
+        self.trouble, self.reminder, self.up_to_date = "", 0.0, now
 
     def why_unwell(self) -> str | None:
         """Say why it has not got on for a minute; None where all is well."""
-        now = time.monotonic()
-        if self.trouble_since is not None and now - self.trouble_since > UNWELL_SECONDS:
-            return f"worker {self.name} waits for Kafka: {self.trouble}"
-        waiting = now - self.up_to_date
-        if waiting > UNWELL_SECONDS + self.settings.seconds_between_commits:
-            return f"worker {self.name} has committed nothing for {waiting:.0f} s"
-        return None
+        waiting = time.monotonic() - self.up_to_date
+        if waiting <= UNWELL_SECONDS + self.settings.seconds_between_commits:
+            return None
+        nothing = f"has committed nothing for {waiting:.0f} s"
+        return f"worker {self.name} {f'waits for Kafka: {self.trouble}' if self.trouble else nothing}"
 
-    def leave(self) -> None:
-        """Leave the group, so that the others need not wait for the session's time-out; if it fails, they do."""
+    def close(self) -> None:
+        """Leave the group, whose other members would wait for the session's time-out, which they do if it fails."""
         self.last_turn = math.inf  # it has none any more
         if self.in_group:
             self.in_group = False  # a second call of close would take the consumer away from under the first
@@ -416,15 +580,27 @@ class Worker:
                 within(LEAVE_LIMIT, self.consumer.close)
 
 
-def committed_offsets(consumer: Consumer, topic: str) -> list[TopicPartition]:
+def remaining(consumer: Consumer, asks: Consumer, topic: str) -> dict[int, range]:
+    """Find, by partition, the offsets that the group has not committed yet, up to those that consumer may read."""
+    found = {}
+    for part in committed_offsets(asks, partitions_of(asks, topic), CONNECT_SECONDS):
+        low, end = consumer.get_watermark_offsets(part, timeout=CONNECT_SECONDS)
+        if max(part.offset, low) < end:
+            found[part.partition] = range(max(part.offset, low), end)
+    return found
+
+
+def partitions_of(consumer: Consumer, topic: str) -> list[TopicPartition]:
+    """Find the partitions of a topic that is there; one that is not may come about by the question."""
+    return [TopicPartition(topic, its) for its in consumer.list_topics(topic, CONNECT_SECONDS).topics[topic].partitions]
+
+
+def committed_offsets(consumer: Consumer, partitions: list[TopicPartition], seconds: float) -> list[TopicPartition]:
     """Ask what the group has committed, again while its coordinator is about to begin."""
-    limit = time.monotonic() + CONNECT_SECONDS
-    parts = [
-        TopicPartition(topic, its) for its in consumer.list_topics(topic, CONNECT_SECONDS).topics[topic].partitions
-    ]
+    limit = time.monotonic() + seconds
     while True:
         try:
-            found = consumer.committed(parts, timeout=CONNECT_SECONDS)
+            found = consumer.committed(partitions, timeout=seconds)
             if failed := [part.error for part in found if part.error]:
                 raise KafkaException(failed[0])
             return found
@@ -474,211 +650,6 @@ def is_trouble(message: Message) -> bool:
     """Tell what a consumer says of itself, whose partition means nothing, from records and ends of partitions."""
     error = message.error()
     return error is not None and error.code() != KafkaError._PARTITION_EOF
-
-
-class KafkaInput(StatelessSourcePartition[Message]):
-    """What one worker reads."""
-
-    def __init__(self, worker: Worker, brokers: str, topic: str, tail: bool) -> None:
-        """Connect a consumer, note the ends of a bounded run, and join the group."""
-        self._worker, settings = worker, worker.settings
-        worker.consumer = self._consumer = Consumer(
-            {**consumer_properties(settings, brokers, worker.number), "error_cb": worker.complain},
-            logger=LIBRDKAFKA_LOG,
-        )
-        worker.in_group = True
-        # A look-up over HTTP may take seconds, and between two batches the group and a stop get their turn.
-        self._batch_size = 1_000 if settings.geoip_database else 1
-        self._ends: dict[int, int] = {}  # by partition: the offset after its last record, when there is no next one
-        # Of a member that waits for a rebalance, brokers answer no question before that ends; of who only asks they do.
-        self._asks = self._consumer if tail else Consumer(consumer_properties(settings, brokers), logger=LIBRDKAFKA_LOG)
-        self._remaining = None if tail else remaining(self._consumer, self._asks, topic)
-        self._total = sum(map(len, (self._remaining or {}).values()))
-        self._ask_at = self._commit_at = self._resume_at = 0.0
-        self._rebalances = 0
-        if self._remaining == {}:
-            log.info(
-                "nothing new for KAFKA_GROUP_ID=%s; another one, or one that is reset, does all again", settings.group
-            )
-            return
-        self._consumer.subscribe([topic], on_assign=worker.assigned, on_revoke=worker.revoked, on_lost=worker.lost)
-
-    def next_batch(self) -> list[Message]:
-        """Read what there is, up to a batch, but nothing before the output has taken the batch before it."""
-        worker = self._worker
-        worker.last_turn = time.monotonic()
-        if worker.under_way:
-            return []
-        if worker.unread:
-            self._read_again()
-        for partition, end in self._ends.items():
-            worker.produced[partition] = max(end, worker.produced.get(partition, 0))
-        self._ends.clear()
-        if worker.stop.is_set():  # exactly once, what is not committed is aborted, and whoever reads on does it again
-            while not worker.commit() and not worker.settings.exactly_once:
-                self._consumer.poll(0.1)  # a rebalance that is under way has to end before a commit
-            raise StopIteration
-        if worker.refused:
-            raise worker.refused
-        if worker.broken:
-            return self._do_again()
-        now = time.monotonic()
-        if now >= self._commit_at:
-            worker.commit()
-            self._commit_at = now + worker.settings.seconds_between_commits
-        if now >= self._ask_at:
-            self._ask_at = now + ASK_SECONDS
-            worker.lag = {  # up to the ends that the last fetch has told
-                part.partition: max(0, self._consumer.get_watermark_offsets(part, cached=True)[1] - offset)
-                for number, offset in worker.committed.items()
-                for part in [TopicPartition(worker.settings.kafka_input_topic, number)]
-            }
-            self._ask()
-            if self._remaining == {}:  # the group has committed the end of every partition as it was at the start
-                raise StopIteration
-        records = [its for its in self._read() if (error := its.error()) is None or self._event(its, error)]
-        if records:
-            worker.last_record = now
-        worker.under_way = len(records)
-        return records
-
-    def _read(self) -> list[Message]:
-        """Read records and events, and let the group have its turn."""
-        worker, consumer = self._worker, self._consumer
-        if self._resume_at and time.monotonic() >= self._resume_at:
-            consumer.resume(consumer.assignment())
-            self._resume_at = 0.0
-        messages = consumer.consume(self._batch_size, 0)
-        if not messages:
-            if self._remaining is not None:
-                worker.commit()  # so that a bounded run does not wait for its end
-            message = consumer.poll(IDLE_SECONDS)
-            messages = [] if message is None else [message]  # one without a value is false
-        if self._rebalances != worker.rebalances:  # of partitions that have just left, the next owner reads it
-            self._rebalances = worker.rebalances
-            owned = {part.partition for part in consumer.assignment()}
-            messages = [message for message in messages if message.partition() in owned or is_trouble(message)]
-            self._resume_at = self._resume_at or time.monotonic()  # one that comes back may still be paused
-            log.info("worker %s reads partitions %s", worker.name, sorted(owned))
-        return messages
-
-    def close(self) -> None:
-        """Leave the group when the input ends: the other members' rebalance would wait for one that nobody polls."""
-        self._worker.leave()
-
-    def _event(self, message: Message, error: KafkaError) -> bool:
-        """Take a message that is no record but an event of the consumer."""
-        if error.code() == KafkaError._PARTITION_EOF:
-            self._ends[message.partition() or 0] = message.offset() or 0
-        elif error.fatal() or error.code() in GROUP_REFUSALS:
-            raise RunError(f"group {self._worker.settings.group!r} cannot be joined: {error.str()}")
-        elif error.code() in REFUSALS:
-            raise RunError(f"topic {self._worker.settings.kafka_input_topic!r} cannot be read: {error.str()}")
-        else:
-            log.info("worker %s: %s", self._worker.name, error.str())
-        return False
-
-    def _read_again(self) -> None:
-        """Go back to the records that wait for the source of locations; meanwhile only the group gets its turn."""
-        topic, unread = self._worker.settings.kafka_input_topic, self._worker.unread
-        for partition, offset in unread.items():
-            self._ends.pop(partition, None)
-            try:
-                self._consumer.seek(TopicPartition(topic, partition, offset))
-            except KafkaException as error:  # never past it: all that is not committed is read again
-                self._worker.broken = reason_of(error)
-        unread.clear()
-        self._consumer.pause(self._consumer.assignment())
-        self._resume_at = time.monotonic() + RETRY_SECONDS
-
-    def _do_again(self) -> list[Message]:
-        """Try to get the worker whole again; what the consumer returns meanwhile is read again after that."""
-        message = self._consumer.poll(RETRY_SECONDS)
-        if message is not None and (error := message.error()):
-            self._event(message, error)
-        try:
-            self._worker.do_again()
-        except (KafkaException, TimeoutError) as error:
-            if code_of(error) in REFUSALS:
-                raise RunError(f"group {self._worker.settings.group!r} cannot go on: {reason_of(error)}") from None
-            self._worker.in_trouble(reason_of(error))
-        self._ends.clear()  # they come again, behind the records that are read again
-        return []
-
-    def _ask(self) -> None:
-        """Ask the group for its offsets: a bounded run ends with them, and they tell when trouble is over."""
-        if not self._remaining and self._worker.trouble_since is None:
-            return
-        topic = self._worker.settings.kafka_input_topic
-        partitions = [TopicPartition(topic, number) for number in self._remaining or [0]]
-        try:
-            committed = self._asks.committed(partitions, timeout=ASK_SECONDS)
-        except KafkaException as error:
-            if self._worker.trouble_since is not None:  # one time-out by itself is none
-                self._worker.in_trouble(reason_of(error))
-            return
-        if any(part.error for part in committed):
-            return
-        if self._worker.produced == self._worker.committed:  # else the next commit tells
-            self._worker.all_is_well()
-        if self._remaining:
-            for part in committed:
-                before = self._remaining.pop(part.partition)
-                if part.offset < before.stop:
-                    self._remaining[part.partition] = range(max(part.offset, before.start), before.stop)
-            self._worker.progress = self._total - sum(map(len, self._remaining.values())), self._total
-
-
-def remaining(consumer: Consumer, asks: Consumer, topic: str) -> dict[int, range]:
-    """Find, by partition, the offsets that the group has not committed yet, up to those that consumer may read."""
-    found = {}
-    for part in committed_offsets(asks, topic):
-        low, end = consumer.get_watermark_offsets(part, timeout=CONNECT_SECONDS)
-        if max(part.offset, low) < end:
-            found[part.partition] = range(max(part.offset, low), end)
-    return found
-
-
-class KafkaOutput(StatelessSinkPartition[Enriched]):
-    """What one worker writes."""
-
-    def __init__(self, worker: Worker, brokers: str, topic: str) -> None:
-        """Connect a producer."""
-        self._worker, self._topic = worker, topic
-        self._error_topic = worker.settings.kafka_error_topic
-        self._errors = set(RESULTS) - {"located", "tombstone"} if self._error_topic else set[str]()
-        worker.producer_properties = producer_properties(worker.settings, brokers, worker.name)
-        worker.connect_producer()
-
-    def write_batch(self, items: list[Enriched]) -> None:
-        """Produce records, each with the key, the headers and the timestamp of what came in."""
-        worker = self._worker
-        producer, produced, pending = worker.producer, worker.produced, worker.pending
-        report = functools.partial(worker.undelivered, worker.attempt)
-        worker.under_way -= len(items)
-        if worker.settings.on_lookup_failed == "wait":
-            items = worker.set_aside(items)
-        try:
-            for record, (value, result) in items:
-                topic, headers = self._topic, record.headers()
-                if result in self._errors:
-                    topic, value = self._error_topic, record.value()
-                    headers = [*(headers or ()), *error_headers(record, result)]
-                # A call-back for each record takes as long as all the rest, so it is had where it is needed.
-                named = functools.partial(report, record) if worker.one_by_one else None
-                moment = max(record.timestamp()[1], 0)  # a record without one has -1, and 0 is now
-                while True:
-                    try:
-                        producer.produce(topic, value, record.key(), -1, named, None, moment, headers)
-                        break
-                    except BufferError:  # the queue is full: wait for the brokers
-                        worker.last_turn = time.monotonic()
-                        producer.poll(0.1)
-                produced[record.partition() or 0] = (record.offset() or 0) + 1
-                pending[result] += 1
-            producer.poll(0)
-        except KafkaException as error:  # the transaction has failed already, and all of it is done again
-            report(record, error.args[0], Message(topic=topic))
 
 
 def error_headers(record: Message, error: str) -> list[tuple[str, bytes]]:
@@ -1693,9 +1664,9 @@ def show_progress(workers: list[Worker], over: threading.Event) -> None:
         while not last:
             last = over.wait(ASK_SECONDS)
             end_a_standstill(workers)
-            if workers[0].progress:
-                done, bar.total = workers[0].progress
-                bar.update(done - bar.n)
+            if workers[0].remaining is not None:
+                bar.total = workers[0].total
+                bar.update(bar.total - sum(map(len, workers[0].remaining.values())) - bar.n)
 
 
 class Metrics(Collector):
@@ -1800,7 +1771,8 @@ def check_kafka(settings: Settings) -> tuple[Consumer, AdminClient]:
         raise SettingsError(f"{its}: {reason_of(error)}") from None
     try:
         check_topics(settings, admin, [producer, consumer, admin], said)
-        committed = committed_offsets(consumer, settings.kafka_input_topic)
+        partitions = partitions_of(consumer, settings.kafka_input_topic)
+        committed = committed_offsets(consumer, partitions, CONNECT_SECONDS)
         latest = {**settings.kafka_client, **settings.kafka_consumer}.get("auto.offset.reset") in LATEST
         if latest and all(part.offset < 0 for part in committed):  # a new group; so it outlives a kill
             # What is in a transaction that is open arrives when that ends.
@@ -1885,7 +1857,7 @@ def run_process(settings: Settings, locations: Locations, databases: Databases |
         raise cause from None
     finally:
         for worker in workers:
-            worker.leave()
+            worker.close()
         over.set()
         watch.join()
         log.info("%s", summary(workers, locations))
