@@ -249,6 +249,7 @@ class Trial:
 
     def stop(self, *copies: Copy, seconds: float = STOP_SECONDS, exit_codes: tuple[int, ...] = (0,)) -> None:
         """Stop copies with SIGTERM, and see that they end in good order and in time."""
+        wait_until(lambda: all(copy.text() for copy in copies))  # before its first line Python itself ends it
         for copy in copies:
             self.copies.remove(copy)
             copy.process.terminate()
