@@ -207,12 +207,13 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         self.remaining: dict[int, range] | None = None  # of a bounded run: what the group has not committed
         self.total = 0  # records that remained at its start
         self.produced: dict[int, int] = {}  # by partition: the offset after the last record that was produced
+        self.began: dict[int, int] = {}  # by partition: what was committed when it came, or else its first offset
         self.committed: dict[int, int] = {}
         self.pending: Counter[str] = Counter()  # results since the last commit
         self.counts = Counter[str]()  # results that are committed
         self.broken = ""  # why everything since the last commit has to be done again
         self.refused: RunError | None = None
-        self.one_by_one = False  # after a batch was refused, whose reports do not tell which record it was
+        self.batch_refused = self.one_by_one = False  # then the next producer sends records one by one
         self.attempt = 0  # of its producers, the one in use
         self.rebalances = self.refusals = 0
         self.lag: dict[int, int] = {}  # by partition: records that are not committed
@@ -262,6 +263,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             self.commit()
         if now >= self.ask_at:
             self.ask_at = now + ASK_SECONDS
+            self.note_lag()
             self.ask()
         if self.remaining == {}:  # the group has committed the end of every partition as it was at the start
             raise StopIteration
@@ -312,30 +314,29 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
 
     def write_batch(self, items: list[Enriched]) -> None:
         """Produce records, each with the key, the headers and the timestamp of what came in."""
-        producer, produced, pending = self.producer, self.produced, self.pending
         report = functools.partial(self.undelivered, self.attempt)
         self.under_way -= len(items)
         if self.settings.on_lookup_failed == "wait":
             items = self.set_aside(items)
+        produce, errors = self.producer.produce, self.errors
         try:
             for record, (value, result) in items:
-                topic, headers = self.output_topic, record.headers()
-                if result in self.errors:
+                topic, headers, moment = self.output_topic, record.headers(), record.timestamp()[1]
+                if result in errors:
                     topic, value = self.error_topic, record.value()
                     headers = [*(headers or ()), *error_headers(record, result)]
                 # A call-back for each record takes as long as all the rest, so it is had where it is needed.
                 named = functools.partial(report, record) if self.one_by_one else None
-                moment = max(record.timestamp()[1], 0)  # a record without one has -1, and 0 is now
                 while True:
-                    try:
-                        producer.produce(topic, value, record.key(), -1, named, None, moment, headers)
+                    try:  # a record without a timestamp has -1, and 0 is now
+                        produce(topic, value, record.key(), -1, named, None, moment if moment > 0 else 0, headers)
                         break
                     except BufferError:  # the queue is full: wait for the brokers
                         self.last_turn = time.monotonic()
-                        producer.poll(0.1)
-                produced[record.partition() or 0] = (record.offset() or 0) + 1
-                pending[result] += 1
-            producer.poll(0)
+                        self.producer.poll(0.1)
+            self.produced.update({record.partition() or 0: (record.offset() or 0) + 1 for record, _ in items})
+            self.pending.update([result for _, (_, result) in items])
+            self.producer.poll(0)
         except KafkaException as error:  # the transaction has failed already, and all of it is done again
             report(record, error.args[0], Message(topic=topic))
 
@@ -379,7 +380,8 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         if self.broken:
             return False
         if not offsets:
-            self.up_to_date = self.up_to_date if self.trouble else time.monotonic()
+            if not (self.trouble or self.waits_for_source):
+                self.up_to_date = time.monotonic()
             return True
         began = time.monotonic()
         try:
@@ -462,12 +464,13 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             if code_of(error) in REFUSALS and self.one_by_one:
                 topics = " or ".join(map(repr, self.settings.written))
                 raise RunError(f"topic {topics} cannot be written: {reason_of(error)}") from None
-            self.one_by_one = self.one_by_one or code_of(error) in REFUSALS
+            self.batch_refused = self.batch_refused or code_of(error) in REFUSALS
 
     def connect_producer(self) -> None:
         """Connect a producer, and begin its first transaction where there are any."""
         self.attempt += 1
         calls = {"error_cb": self.complain, "on_delivery": functools.partial(self.undelivered, self.attempt, None)}
+        self.one_by_one = self.batch_refused
         if self.one_by_one:
             calls["batch.num.messages"] = 1
             log.warning("worker %s sends each record by itself now, as a batch was refused", self.name)
@@ -478,7 +481,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
 
     def undelivered(self, attempt: int, record: Message | None, error: KafkaError, output: Message) -> None:
         """Take the report of a record that did not get to its topic; of the others there is none."""
-        if attempt != self.attempt or self.broken or self.refused:  # it is done again, or was said
+        if attempt != self.attempt:  # its producer was given up, and its records are done again
             return
         refused = error.code() in REFUSALS
         self.refusals += refused
@@ -490,10 +493,11 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
                 command = f"kafka-consumer-groups.sh --group {self.settings.group} {skip}"
                 advice = f"mend that (max.message.bytes?), or skip the record: {command}"
             what = f"{record.topic()}[{record.partition()}] offset {record.offset()}"
-            self.refused = RunError(f"{what} is refused by topic {output.topic()!r}: {error.str()}; {advice}")
-        else:  # all records of a batch have the same report
-            self.one_by_one = self.one_by_one or refused
-            self.broken = error.str()
+            why = RunError(f"{what} is refused by topic {output.topic()!r}: {error.str()}; {advice}")
+            self.refused = self.refused or why
+        else:  # all records of a batch have the same report, so only one that was sent by itself can be named
+            self.batch_refused = self.batch_refused or refused
+            self.broken = self.broken or error.str()
 
     def assigned(self, _consumer: Consumer, _partitions: list[TopicPartition]) -> None:
         """Note that partitions have come."""
@@ -520,14 +524,11 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         self.moved = True
         self.rebalances += 1
         for part in partitions:
-            for known in (self.produced, self.committed, self.lag):
+            for known in (self.produced, self.began, self.committed, self.lag):
                 known.pop(part.partition, None)
 
     def ask(self) -> None:
-        """Note the lag, and ask what the group has committed: a bounded run ends with that, and so does trouble."""
-        for number, offset in self.committed.items():  # up to the ends that the last fetch has told
-            _, end = self.consumer.get_watermark_offsets(TopicPartition(self.input_topic, number), cached=True)
-            self.lag[number] = max(0, end - offset)
+        """Ask what the group has committed: a bounded run ends with that, and so does trouble."""
         if not self.remaining and not self.trouble:
             return
         partitions = [TopicPartition(self.input_topic, number) for number in self.remaining or [0]]
@@ -537,12 +538,23 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             if self.trouble:  # one time-out by itself is none
                 self.in_trouble(reason_of(error))
             return
-        if self.produced == self.committed:  # else the next commit tells
+        if self.trouble and self.produced == self.committed:  # else the next commit tells
             self.all_is_well()
         if self.remaining:
             ranges = ((part, self.remaining[part.partition]) for part in found)
             left = {part.partition: range(max(part.offset, its.start), its.stop) for part, its in ranges}
             self.remaining = {number: its for number, its in left.items() if its}
+
+    def note_lag(self) -> None:
+        """Note how many records of each partition are not committed, up to the ends that the last fetch has told."""
+        with suppress(KafkaException):  # it is asked again the next time
+            new = [part for part in self.consumer.assignment() if part.partition not in self.began]
+            for part in committed_offsets(self.consumer, new, ASK_SECONDS) if new else ():
+                low, _ = self.consumer.get_watermark_offsets(part, timeout=ASK_SECONDS)
+                self.began[part.partition] = max(part.offset, low)
+        for number, offset in {**self.began, **self.committed}.items():
+            _, end = self.consumer.get_watermark_offsets(TopicPartition(self.input_topic, number), cached=True)
+            self.lag[number] = max(0, end - offset)
 
     def complain(self, error: KafkaError) -> None:
         """Take what librdkafka says of its connections."""
@@ -568,8 +580,8 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         waiting = time.monotonic() - self.up_to_date
         if waiting <= UNWELL_SECONDS + self.settings.seconds_between_commits:
             return None
-        nothing = f"has committed nothing for {waiting:.0f} s"
-        return f"worker {self.name} {f'waits for Kafka: {self.trouble}' if self.trouble else nothing}"
+        why = f"waits for Kafka: {self.trouble}" if self.trouble else f"has committed nothing for {waiting:.0f} s"
+        return f"worker {self.name} {'waits for the source of locations' if self.waits_for_source else why}"
 
     def close(self) -> None:
         """Leave the group, whose other members would wait for the session's time-out, which they do if it fails."""
@@ -1527,7 +1539,7 @@ class Locations:
         value = record.value() or b""
         why = "it begins with Schema Registry's frame" if value.startswith(b"\0") else UNCHANGED[result]
         place = f"{record.topic()}[{record.partition()}] offset {record.offset()}"
-        log.warning("%s passes unchanged: %s; more of them are only counted, as %s", place, why, result)
+        log.warning("%s is not enriched: %s; more of them are only counted, as %s", place, why, result)
 
 
 def text_of(address: bytes | str) -> str:
@@ -1717,7 +1729,11 @@ class Metrics(Collector):
 
 
 COMMIT_SECONDS = Histogram("kafka_enrich_commit_seconds", "Commits, each with all that was produced since the last.")
-LOOKUP_SECONDS = Histogram("kafka_enrich_lookup_seconds", "Look-ups that the cache had no answer to.")
+LOOKUP_SECONDS = Histogram(
+    "kafka_enrich_lookup_seconds",
+    "Look-ups that the cache had no answer to.",
+    buckets=(0.00001, 0.0001, 0.001, 0.01, 0.1, 0.5, 1, 2, 4),  # a database takes some µs, the HTTP API up to 4 s
+)
 VERSIONS = {name.replace("-", "_"): importlib.metadata.version(name) for name in ("bytewax", "confluent-kafka")}
 SCRIPT = {"python": platform.python_version(), "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
 Info("kafka_enrich_build", "Versions.").info({**VERSIONS, **SCRIPT})

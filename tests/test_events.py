@@ -286,7 +286,7 @@ def test_first_of_each_kind_that_passes_unchanged_is_told(caplog: pytest.LogCapt
         answer(value)
     lines = [record.getMessage() for record in caplog.records]
     assert [re.sub(r".* as ", "", line) for line in lines] == ["field_exists", "invalid_record", "missing_ip"]
-    assert all(line.startswith("t[3] offset 17 passes unchanged: ") for line in lines)
+    assert all(line.startswith("t[3] offset 17 is not enriched: ") for line in lines)
     assert "Schema Registry" in lines[1]
 
 

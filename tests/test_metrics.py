@@ -83,10 +83,14 @@ def test_record_without_a_value_that_comes_alone_is_counted(topics: Topics, kafk
     assert topics.end_offset() == 2
 
 
-def test_lag_and_countries(topics: Topics, kafka_enrich_program: Program, api: Api) -> None:
-    """Where its source fails and is waited for, what has arrived is what is not committed."""
+@pytest.mark.timeout(600)
+def test_lag_health_and_countries_where_the_source_fails(
+    topics: Topics, kafka_enrich_program: Program, api: Api
+) -> None:
+    """What waits for the source since before the start is not committed, and after a minute that is not well."""
     api.reply = lambda _path: Reply(status=503)
     port = free_port()
+    topics.write([(b"%d" % number, b"8.8.8.8") for number in range(100)])
     process = kafka_enrich_program.start(
         **topics.environment(),
         KAFKA_TAIL="1",
@@ -96,17 +100,18 @@ def test_lag_and_countries(topics: Topics, kafka_enrich_program: Program, api: A
         FIELDS="city,country_name,country_code",
     )
     wait_until(lambda: samples(port).get("kafka_enrich_rebalances_total") == 1)
-    wait_until(lambda: sum(name.startswith("kafka_enrich_lag_records ") for name in samples(port)) == 4)
-    topics.write([(b"%d" % number, b"8.8.8.8") for number in range(100)])
 
     def lag() -> float:
         return sum(value for name, value in samples(port).items() if name.startswith("kafka_enrich_lag_records "))
 
     wait_until(lambda: lag() == 100)
+    assert sum(name.startswith("kafka_enrich_lag_records ") for name in samples(port)) == 4
+    wait_until(lambda: "waits for the source of locations" in get(port, "/healthz"), 120)
     located = b'{"city": "Mountain View", "region": "", "country_name": "United States", "country_code": "US"}'
     api.reply = lambda _path: Reply(located)
     wait_until(lambda: samples(port).get("kafka_enrich_located_total US") == 100, 90)
     wait_until(lambda: lag() == 0)
+    assert get(port, "/healthz") == "ok\n"
     process.terminate()
     assert ended(process).exit_code == 0
 
