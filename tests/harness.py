@@ -176,12 +176,12 @@ class Copy:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def family(self, having: str = "") -> dict[int, int]:
-        """The resident MB of each living process of its session, of those with a word in their command, by its id."""
-        command = ["ps", "-ww", "-o", "pid=,rss=,args=", "-s", str(self.process.pid)]
+    def family(self) -> dict[int, int]:
+        """The resident MB of each living process of its session, by its id."""
+        command = ["ps", "-o", "pid=,rss=", "-s", str(self.process.pid)]
         listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-        found = [line.split(None, 2) for line in listed]  # what has ended, and waits to be asked for, has no memory
-        return {int(pid): int(size) // 1024 for pid, size, args in found if having in args and int(size)}
+        found = [line.split() for line in listed]  # what has ended, and waits to be asked for, has no memory
+        return {int(pid): int(size) // 1024 for pid, size in found if int(size)}
 
 
 class Trial:
