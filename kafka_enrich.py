@@ -42,8 +42,6 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
-import multiprocessing.connection
 import os
 import platform
 import re
@@ -55,17 +53,16 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from logging.handlers import BufferingHandler
-from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn, TypeAlias, TypedDict, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeAlias, TypedDict, TypeVar
 
 import bytewax.operators as op
 import maxminddb
@@ -73,7 +70,6 @@ import msgspec
 import requests
 import urllib3
 from bytewax.dataflow import Dataflow
-from bytewax.errors import BytewaxRuntimeError
 from bytewax.inputs import DynamicSource, StatelessSourcePartition
 from bytewax.outputs import DynamicSink, StatelessSinkPartition
 from bytewax.testing import cluster_main
@@ -181,6 +177,8 @@ UNREACHABLE = codes("_ALL_BROKERS_DOWN _AUTHENTICATION _SSL")  # one broker away
 class RunError(Exception):
     """The run cannot go on; the message says why, and what to do."""
 
+    exit_code = 1
+
 
 class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]):
     """One member of the consumer group: what it reads, what it writes, and how far that has come.
@@ -192,10 +190,10 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
     consumer: Consumer
     producer: Producer
 
-    def __init__(self, settings: "Settings", process: str, number: int, stop: threading.Event) -> None:
-        """Connect nothing yet; the process has a name that no other of the group has, and stop is set to end it."""
+    def __init__(self, settings: "Settings", copy: str, number: int, stop: threading.Event) -> None:
+        """Connect nothing yet; no other copy has this one's name, and stop is set to end the worker."""
         self.settings, self.number, self.stop = settings, number, stop
-        self.name = f"{process}-{number}"  # in logs and of transactions
+        self.name = f"{copy}-{number}"  # in logs and of transactions
         # A look-up over HTTP may take seconds, and between two batches the group and a stop get their turn.
         self.batch_size = 1_000 if settings.geoip_database else 1
         self.in_group = False
@@ -675,7 +673,7 @@ def consumer_properties(settings: "Settings", brokers: str, number: int | None =
     chosen = {**settings.kafka_client, **settings.kafka_consumer}
     if number is None:
         chosen.pop("group.instance.id", None)
-    elif "group.instance.id" in chosen and settings.bytewax_workers_per_process > 1:
+    elif "group.instance.id" in chosen and settings.processes * settings.bytewax_workers_per_process > 1:
         chosen["group.instance.id"] += f"-{number}"
     classic = {
         "partition.assignment.strategy": "cooperative-sticky",
@@ -721,54 +719,53 @@ def producer_properties(settings: "Settings", brokers: str, name: str) -> dict[s
 # --- Settings: the environment, checked -------------------------------------------------------------------------
 
 
-class SettingsError(Exception):
+class SettingsError(RunError):
     """A setting cannot be used; the message names it."""
 
+    exit_code = 2
 
-def like(pattern: str, description: str) -> Meta:
-    """Describe a text that is wholly like a pattern."""
-    return Meta(pattern=rf"^(?:{pattern})\Z", description=description)
+
+def like(pattern: str, description: str = "") -> Meta:
+    """Describe a text that is wholly like a pattern, which may be a choice of words."""
+    return Meta(pattern=rf"^(?:{pattern})\Z", description=description or pattern.replace("|", " or "))
+
+
+def list_of(pattern: str, description: str) -> Meta:
+    """Describe texts like a pattern, comma separated."""
+    return like(rf" *(?:{pattern}) *(?:, *(?:{pattern}) *)*", description)
 
 
 PORT = r"([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 HOST = r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])"
-BROKER = rf"\s*{HOST}:{PORT}\s*"
-NOT = r"\"\\\x00-\x1f\ud800-\udfff,"  # in names of members; msgspec has none with quotes, backslashes or controls
-MEMBER = rf"\s*[^{NOT}\s][^{NOT}]*"
-PATH = rf"\s*(/([^{NOT}~]|~[01])*|[^{NOT}./\s][^{NOT}.]*(\.[^{NOT}.]+)*)"
-FIELD = rf"\s*([a-z_]+|[A-Za-z0-9_]+={PATH})\s*"
-Topic = Annotated[str, like(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}", "a topic's name (1 to 249 of A-Z a-z 0-9 . _ -)")]
-Guarantee = Annotated[Literal["at_least_once", "exactly_once"], Meta(description="at_least_once or exactly_once")]
-Fields = Annotated[str, like(rf"{FIELD}(,{FIELD})*", "names of fields, or name=path, comma separated")]
 URL = rf"https?://{HOST}(:{PORT})?(/[A-Za-z0-9._~:/%-]*)?"
-OnFailure = Annotated[Literal["mark", "stop", "wait"], Meta(description="mark, stop or wait")]
-Level = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], Meta(description="DEBUG, INFO, WARNING or ERROR")]
+NOT = r"\"\\\x00-\x1f\ud800-\udfff,"  # in names of members; msgspec has none with quotes, backslashes or controls
+PATH = rf"/([^{NOT}~]|~[01])*|[^{NOT}./\s][^{NOT}.]*(\.[^{NOT}.]+)*"
+Topic = Annotated[str, like(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}", "a topic's name (1 to 249 of A-Z a-z 0-9 . _ -)")]
 Count = Annotated[int, Meta(ge=1, le=64, description="a whole number from 1 to 64")]
+Fields = Annotated[str, list_of(rf"[a-z_]+|[A-Za-z0-9_]+= *({PATH})", "names of fields, or name=path, comma separated")]
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="upper"):
-    """What the environment asks for: each field is the variable of that name."""
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the environment asks for: each field is the variable of that name in capitals."""
 
-    kafka_brokers: Annotated[str, like(rf"{BROKER}(,{BROKER})*", "host:port, comma separated")] = "localhost:9092"
+    kafka_brokers: Annotated[str, list_of(f"{HOST}:{PORT}", "host:port, comma separated")] = "localhost:9092"
     kafka_input_topic: Topic = "ip_address_by_country"
     kafka_output_topic: Topic = "ip_address_by_location"
     kafka_error_topic: Topic = ""
     kafka_group_id: Annotated[str, like(r"[!-~]{1,200}", "a consumer group's name")] = ""
     kafka_tail: Annotated[bool, Meta(description="0 or 1")] = False
-    delivery_guarantee: Guarantee = "at_least_once"
+    delivery_guarantee: Annotated[str, like("at_least_once|exactly_once")] = "at_least_once"
     commit_seconds: Annotated[float, Meta(ge=0.05, le=60, description="a number from 0.05 to 60")] = 0
-    ip_field: Annotated[str, like(rf"{PATH}(,{PATH})*", "a path such as client.ip or /client/ip, or several")] = ""
-    location_field: Annotated[str, like(rf"{MEMBER}(,{MEMBER})*", "the name of a member, or several")] = "location"
+    ip_field: Annotated[str, list_of(PATH, "a path such as client.ip or /client/ip, or several")] = ""
+    location_field: Annotated[str, list_of(rf"[^{NOT}\s][^{NOT}]*", "the name of a member, or several")] = "location"
     fields: Fields = "city,region,country_name"
-    geoip_database: Annotated[str, like("[^,]+(,[^,]+)*", "the path of an .mmdb file, or several, comma separated")] = (
-        ""
-    )
+    geoip_database: Annotated[str, list_of("[^,]+", "the path of an .mmdb file, or several, comma separated")] = ""
     geoip_language: Annotated[str, like("[a-z]{2}(-[A-Z]{2})?", "a language, as en or pt-BR")] = "en"
     ipapi_url: Annotated[str, like(URL, "http(s)://host[:port][/path], without a key")] = "https://ipapi.co"
     ipapi_key: Annotated[str, like("[!-~]+", "visible characters")] = ""
-    on_lookup_failed: OnFailure = "mark"
+    on_lookup_failed: Annotated[str, like("mark|stop|wait")] = "mark"
     cache_size: Annotated[int, Meta(ge=0, le=10_000_000, description="a whole number from 0 to 10000000")] = 100_000
-    log_level: Level = "INFO"
+    log_level: Annotated[str, like("DEBUG|INFO|WARNING|ERROR")] = "INFO"
     metrics_port: Annotated[int, Meta(ge=1, le=65_535, description="a port from 1 to 65535")] = 0
     processes: Count = 1
     bytewax_workers_per_process: Count = 1
@@ -798,39 +795,31 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="upper"):
 
     def __repr__(self) -> str:
         """Show what was set, and of secrets nothing: of properties only the names."""
-        shown = []
-        for name, default in zip(self.__struct_fields__, self.__struct_defaults__, strict=True):
-            value = getattr(self, name)
-            if value and value != default:
-                hidden = " ".join(value) if isinstance(value, dict) else "(set)"
-                shown.append(f"{name.upper()}={hidden if isinstance(value, dict) or name == 'ipapi_key' else value}")
-        return ", ".join(shown) or "all settings have their defaults"
+        default, shown = Settings(), msgspec.structs.replace(self, ipapi_key="(set)" if self.ipapi_key else "")
+        values = {
+            name.upper(): " ".join(value) if isinstance(value, dict) else value
+            for name, value in msgspec.structs.asdict(shown).items()
+            if value != getattr(default, name)
+        }
+        return ", ".join(f"{name}={value}" for name, value in values.items()) or "all settings have their defaults"
 
 
-PROPERTIES = {"KAFKA_CLIENT_": "kafka_client", "KAFKA_CONSUMER_": "kafka_consumer", "KAFKA_PRODUCER_": "kafka_producer"}
-NAMES = {name.upper(): name for name in Settings.__struct_fields__ if name not in PROPERTIES.values()}
+PROPERTIES = ("KAFKA_CLIENT_", "KAFKA_CONSUMER_", "KAFKA_PRODUCER_")  # before a property's name in capitals
+NAMES = {name.upper(): hint for name, hint in Settings.__annotations__.items() if hint != dict[str, str]}
 BY_GROUP = "BYTEWAX_ADDRESSES BYTEWAX_HOSTFILE_PATH BYTEWAX_POD_NAME BYTEWAX_PROCESS_ID BYTEWAX_STATEFULSET_NAME"
 FORMER = {
     "EPOCH_SECONDS": "COMMIT_SECONDS has taken its place",
     "RECOVERY_DIR": "the consumer group keeps the place",
     **dict.fromkeys(BY_GROUP.split(), "each copy of the script is a member of the consumer group"),
 }
-# What auto.offset.reset may be, in librdkafka's words.
-EARLIEST, LATEST = ("earliest", "beginning", "smallest"), ("latest", "end", "largest")
-# Properties that carry the guarantee, and what decides instead.
-OF_DELIVERY = """
-    acks request.required.acks enable.idempotence delivery.report.only.error delivery.timeout.ms message.timeout.ms
-    transaction.timeout.ms transactional.id isolation.level
-"""
-GUARDED = {
-    **dict.fromkeys(OF_DELIVERY.split(), "DELIVERY_GUARANTEE"),
-    **dict.fromkeys(("bootstrap.servers", "metadata.broker.list"), "KAFKA_BROKERS"),
-    **dict.fromkeys(("enable.auto.commit", "enable.auto.offset.store"), "COMMIT_SECONDS"),
-    "default.topic.config": "each property by its own name",
-    "enable.partition.eof": "KAFKA_TAIL",
-    "group.id": "KAFKA_GROUP_ID",
-    "partitioner": "the record's key",
-}
+# Properties that carry the guarantee, and that settings of this script decide.
+GUARDED = set(
+    """
+    acks bootstrap.servers default.topic.config delivery.report.only.error delivery.timeout.ms enable.auto.commit
+    enable.auto.offset.store enable.idempotence enable.partition.eof group.id isolation.level message.timeout.ms
+    metadata.broker.list partitioner request.required.acks transaction.timeout.ms transactional.id
+    """.split()
+)
 
 
 def with_settings_file(env: Mapping[str, str], path: Path) -> dict[str, str]:
@@ -839,29 +828,28 @@ def with_settings_file(env: Mapping[str, str], path: Path) -> dict[str, str]:
         found = dotenv_values(path, interpolate=False)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from None
-    for name, value in found.items():
-        if value is None or not (name in NAMES or name in FORMER or name.startswith(tuple(PROPERTIES))):
+    values = {name: value for name, value in found.items() if value is not None}
+    for name in found:
+        if name not in values or not (name in NAMES or name in FORMER or name.startswith(PROPERTIES)):
             raise SettingsError(f"{path}: {name!r} is no setting with a value")
-    return {**{name: value for name, value in found.items() if value is not None}, **env}
+    return {**values, **env}
 
 
 def read_settings(env: Mapping[str, str]) -> Settings:
     """Read the settings from a mapping such as os.environ; a SettingsError has a line for each that cannot be used."""
     values: dict[str, Any] = {}
     wrong = []
-    hints = get_type_hints(Settings, include_extras=True)
-    for name, field in NAMES.items():
-        if name in env:
-            try:
-                values[field] = msgspec.convert(env[name], hints[field], strict=False)
-                if type(values[field]) is int and not env[name].isdigit():  # 1e5 is one for msgspec
-                    raise msgspec.ValidationError
-            except (msgspec.ValidationError, UnicodeEncodeError):
-                # What does not look like a URL may hold a password, too.
-                shown = name if field in ("ipapi_key", "ipapi_url") else f"{name}={env[name]!r}"
-                wrong.append(f"{shown} is not {hints[field].__metadata__[0].description}")
-    for prefix, field in PROPERTIES.items():
-        values[field] = read_properties(env, prefix, wrong)
+    for name in [name for name in NAMES if name in env]:
+        try:
+            values[name.lower()] = msgspec.convert(env[name], NAMES[name], strict=False)
+        except (msgspec.ValidationError, UnicodeEncodeError):
+            # What does not look like a URL may hold a password, too.
+            shown = name if name in ("IPAPI_KEY", "IPAPI_URL") else f"{name}={env[name]!r}"
+            wrong.append(f"{shown} is not {NAMES[name].__metadata__[0].description}")
+    for prefix in PROPERTIES:
+        names = {name: name[len(prefix) :].lower().replace("_", ".") for name in env if name.startswith(prefix)}
+        values[prefix[:-1].lower()] = {its: env[name] for name, its in names.items()}
+        wrong += [f"{name}{why}" for name, its in names.items() if (why := why_refused(its, env[name]))]
     settings = Settings(**values)
     wrong += contradictions(settings)
     if wrong:
@@ -869,49 +857,47 @@ def read_settings(env: Mapping[str, str]) -> Settings:
     return settings
 
 
+def why_refused(its: str, value: str) -> str | None:
+    """Say why a property of librdkafka cannot be used; what else is wrong with one librdkafka says."""
+    if its in GUARDED:
+        return " would break the guarantee: leave it out; see DELIVERY_GUARANTEE, KAFKA_BROKERS, KAFKA_GROUP_ID"
+    if re.search("[\ud800-\udfff]", value):
+        return " is not UTF-8"
+    if its == "auto.offset.reset" and value not in ("earliest", "latest"):
+        return f"={value!r} is not earliest or latest"
+    if its.endswith(".location") and value != "probe" and not os.path.exists(value):  # librdkafka does not name it
+        return f"={value!r}: No such file or directory"
+    return None
+
+
 def contradictions(settings: Settings) -> list[str]:
     """Find settings that do not go together, and say so in a line for each."""
     paths, members = split_names(settings.ip_field), split_names(settings.location_field)
-    ip_field, location_field = f"IP_FIELD={settings.ip_field!r}", f"LOCATION_FIELD={settings.location_field!r}"
-    topics, error_topic = (settings.kafka_input_topic, settings.kafka_output_topic), settings.kafka_error_topic
-    names, language, port = split_names(settings.fields), settings.geoip_language, settings.metrics_port
+    topics, processes = (settings.kafka_input_topic, settings.kafka_output_topic), settings.processes
+    names = split_names(settings.fields)
     titles = [name.partition("=")[0] for name in names]
     unknown = [name for name in names if "=" not in name and name not in FIELDS]
-    without = language != "en" and not settings.geoip_database
+    unequal, read = settings.ip_field and len(paths) != len(members), {path_of(path)[0] for path in paths}
     rules = (
-        (unknown, f"FIELDS={settings.fields!r}: {', '.join(unknown)} is none of {', '.join(FIELDS)}, nor name=path"),
-        (len(set(titles)) < len(titles), f"FIELDS={settings.fields!r} has a name twice"),
-        ({"ip", "error"} & set(titles), f"FIELDS={settings.fields!r}: ip and error are names of the output's own"),
-        (without, f"GEOIP_LANGUAGE={language!r} is of no use without GEOIP_DATABASE"),
-        (topics[0] == topics[1], f"KAFKA_OUTPUT_TOPIC={topics[1]!r} is the input topic too"),
-        (error_topic in topics, f"KAFKA_ERROR_TOPIC={error_topic!r} is the input or the output topic too"),
-        (len(set(members)) < len(members), f"{location_field} has a name twice"),
-        (not settings.ip_field and members != ["location"], f"{location_field} is of no use without IP_FIELD"),
-        (settings.ip_field and len(paths) != len(members), f"{ip_field} needs as many names in {location_field}"),
-        ({path_of(path)[0] for path in paths} & set(members), f"{location_field} is what {ip_field} reads"),
-        (port + settings.processes > 65_536, f"METRICS_PORT={port} is too high for {settings.processes} processes"),
+        ("fields", unknown, f"has {', '.join(unknown)}; known are {', '.join(FIELDS)}, or name=path"),
+        ("fields", len(set(titles)) < len(titles), "has a name twice"),
+        ("fields", {"ip", "error"} & set(titles), "has ip or error, names that the output has itself"),
+        ("kafka_output_topic", topics[0] == topics[1], "is the input topic too"),
+        ("kafka_error_topic", settings.kafka_error_topic in topics, "is the input or the output topic too"),
+        ("location_field", len(set(members)) < len(members), "has a name twice"),
+        ("location_field", members != ["location"] and not settings.ip_field, "is of no use without IP_FIELD"),
+        ("location_field", read & set(members), f"is what IP_FIELD={settings.ip_field!r} reads"),
+        ("ip_field", unequal, f"needs as many names in LOCATION_FIELD={settings.location_field!r}"),
+        ("metrics_port", settings.metrics_port + processes > 65_536, f"is too high for {processes} processes"),
     )
-    return [line for broken, line in rules if broken]
-
-
-def read_properties(env: Mapping[str, str], prefix: str, wrong: list[str]) -> dict[str, str]:
-    """Read the properties of librdkafka that begin with a prefix, and add a line for each that cannot be used."""
-    names = {name: name[len(prefix) :].lower().replace("_", ".") for name in env if name.startswith(prefix)}
-    for name, its in names.items():
-        if its in GUARDED:
-            wrong.append(f"{name} would break the guarantee; {GUARDED[its]} decides that")
-        elif re.search("[\ud800-\udfff]", env[name]):
-            wrong.append(f"{name} is not UTF-8")
-        elif its == "auto.offset.reset" and env[name] not in (*EARLIEST, *LATEST):
-            wrong.append(f"{name}={env[name]!r} is not earliest or latest")
-    return {its: env[name] for name, its in names.items()}
+    return [f"{name.upper()}={getattr(settings, name)!r} {why}" for name, broken, why in rules if broken]
 
 
 def doubtful_names(env: Mapping[str, str]) -> list[str]:
     """Find variables that look like a misspelt setting, or that were one, and say what to do."""
     lines = [f"{name} is ignored: {why}" for name, why in FORMER.items() if name in env]
     for name in sorted(env.keys() - NAMES.keys() - FORMER.keys()):
-        similar = [] if name.startswith(tuple(PROPERTIES)) else difflib.get_close_matches(name, NAMES, 1, 0.85)
+        similar = [] if name.startswith(PROPERTIES) else difflib.get_close_matches(name, NAMES, 1, 0.85)
         lines += [f"{name} is no setting; is {similar[0]} meant?" for _ in similar]
     return lines
 
@@ -1763,47 +1749,36 @@ def serve_metrics(port: int, metrics: Metrics, workers: list[Worker]) -> None:
 CONNECT_SECONDS = 8.0  # to find brokers before the start
 DISCONNECTED = "it closes the connection, as brokers do for a wrong password or security protocol (KAFKA_CLIENT_*)"
 GARBAGE = 50_000  # objects; batches make thousands that live for milliseconds, and at 700 the search takes a tenth
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STOP_SECONDS = 8.0  # after a signal; containers often give ten
 
 
-def check_kafka(settings: Settings) -> tuple[Consumer, AdminClient]:
+class Stop(threading.Event):
+    """What Ctrl-C and SIGTERM set: the exit code is then theirs, and seconds later the process ends in any case."""
+
+    exit_code = 0
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self._tail = settings.kafka_tail
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._take)
+
+    def _take(self, signum: int, _frame: FrameType | None) -> None:
+        if not self.is_set():
+            self.exit_code = 0 if self._tail else 128 + signum
+            self.set()
+            threading.Timer(STOP_SECONDS, self._leave).start()
+
+    def _leave(self) -> NoReturn:
+        log.error("stopped while Kafka was away: the next start does again what was not committed")
+        leave(1)
+
+
+def check_kafka(settings: Settings) -> None:
     """See that the brokers answer, and that the topics and the group may be used, before the dataflow starts."""
-    for prefix, field in PROPERTIES.items():  # librdkafka does not name the file of certificates that it misses
-        for its, value in getattr(settings, field).items():
-            if its.endswith(".location") and value != "probe" and not os.path.exists(value):
-                raise SettingsError(f"{prefix}{its.replace('.', '_').upper()}={value!r}: No such file or directory")
-    said = BufferingHandler(10_000)
-    logger = logging.Logger("librdkafka")  # of these clients alone, and of no other logger
+    logger, said = logging.Logger("librdkafka"), BufferingHandler(10_000)  # of these clients alone
     logger.addHandler(said)
-    brokers = settings.kafka_brokers
-    client: dict[str, Any] = {**settings.kafka_client, "bootstrap.servers": brokers}
-    try:
-        producer = Producer(producer_properties(settings, brokers, "check"), logger=logger)
-        consumer = Consumer(consumer_properties(settings, brokers), logger=logger)
-        admin = AdminClient(client, logger=logger)
-    except KafkaException as error:
-        its = "a KAFKA_CLIENT_, _CONSUMER_ or _PRODUCER_ property is wrong"
-        raise SettingsError(f"{its}: {reason_of(error)}") from None
-    try:
-        check_topics(settings, admin, [producer, consumer, admin], said)
-        partitions = partitions_of(consumer, settings.kafka_input_topic)
-        committed = committed_offsets(consumer, partitions, CONNECT_SECONDS)
-        latest = {**settings.kafka_client, **settings.kafka_consumer}.get("auto.offset.reset") in LATEST
-        if latest and all(part.offset < 0 for part in committed):  # a new group; so it outlives a kill
-            # What is in a transaction that is open arrives when that ends.
-            reader = Consumer(consumer_properties(settings, brokers, 0), logger=logger)
-            for part in committed:  # partitions that are added later are read from their beginning
-                part.offset = reader.get_watermark_offsets(part, timeout=CONNECT_SECONDS)[1]
-            with suppress(KafkaException):  # another copy is quicker, and has done it
-                commit_offsets(consumer, committed)
-        return consumer, admin
-    except KafkaException as error:
-        raise RunError(f"group {settings.group!r} cannot be used: {reason_of(error)}") from None
-
-
-def check_topics(settings: Settings, admin: AdminClient, clients: list[Any], said: BufferingHandler) -> None:
-    """See that the topics are there, and that they and the group may be used; said gets what the clients log."""
+    clients = _, consumer, admin = connect(settings, logger)
     topics = {settings.kafka_input_topic: AclOperation.READ, **dict.fromkeys(settings.written, AclOperation.WRITE)}
     seconds = {"request_timeout": CONNECT_SECONDS}
     group = admin.describe_consumer_groups([settings.group], **seconds)[settings.group]
@@ -1820,20 +1795,50 @@ def check_topics(settings: Settings, admin: AdminClient, clients: list[Any], sai
     wait([group], timeout=1)  # of a group without permission only this tells more than a time-out
     if group.done() and code_of(group.exception()) == KafkaError.GROUP_AUTHORIZATION_FAILED:
         raise RunError(f"group {settings.group!r} cannot be used: no permission to DESCRIBE and READ")
+    if {**settings.kafka_client, **settings.kafka_consumer}.get("auto.offset.reset") == "latest":
+        start_from_now(settings, consumer)
 
 
-def why_not(settings: Settings, topic: str, error: BaseException, said: list[str]) -> str:
+def connect(settings: Settings, logger: logging.Logger) -> tuple[Producer, Consumer, AdminClient]:
+    """Make a client of each kind, with which librdkafka checks its properties."""
+    brokers = settings.kafka_brokers
+    client: dict[str, Any] = {**settings.kafka_client, "bootstrap.servers": brokers}
+    try:
+        return (
+            Producer(producer_properties(settings, brokers, "check"), logger=logger),
+            Consumer(consumer_properties(settings, brokers), logger=logger),
+            AdminClient(client, logger=logger),
+        )
+    except KafkaException as error:
+        raise SettingsError(f"a KAFKA_CLIENT_, _CONSUMER_ or _PRODUCER_ property: {reason_of(error)}") from None
+
+
+def why_not(settings: Settings, topic: str, failure: BaseException, said: list[str]) -> str:
     """Say why a topic cannot be used: what librdkafka logs of its connections tells more than a time-out."""
-    if code_of(error) in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC):
+    if code_of(failure) == KafkaError.UNKNOWN_TOPIC_OR_PART:
         loader = "" if topic == settings.kafka_error_topic else ", or run: python load_data.py"
         return f"topic {topic!r} does not exist; create it{loader}"
-    if code_of(error) == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+    if code_of(failure) == KafkaError.TOPIC_AUTHORIZATION_FAILED:
         return f"topic {topic!r} may not be used: no permission to DESCRIBE"
-    failures = [match[1] for line in said if (match := re.search(r"FAIL \[.*?\] \[.*?\]: (.*)", line))]
+    failures = [line.partition("]: ")[2] for line in said if line.startswith("FAIL")]
+    reason = min(failures, key=lambda its: not re.search("SASL|SSL|resolve", its), default=reason_of(failure))
     # A broker that takes no such client just closes the connection, and one that is away refuses it.
-    telling = [text for text in failures if re.search("SASL|SSL|resolve", text)] or failures or [reason_of(error)]
-    reason = DISCONNECTED if re.search("Disconnected|reset by peer", telling[0]) else telling[0]
+    reason = DISCONNECTED if re.search("Disconnected|reset by peer", reason) else reason
     return f"Kafka at {settings.kafka_brokers} (KAFKA_BROKERS) cannot be used: {reason}"
+
+
+def start_from_now(settings: Settings, consumer: Consumer) -> None:
+    """Commit the end of each partition for a group that is new: so what comes from now on outlives a kill."""
+    partitions = partitions_of(consumer, settings.kafka_input_topic)
+    committed = committed_offsets(consumer, partitions, CONNECT_SECONDS)
+    if any(part.offset >= 0 for part in committed):
+        return  # partitions that are added later are read from their beginning
+    # What is in a transaction that is open arrives when that ends.
+    reader = Consumer(consumer_properties(settings, settings.kafka_brokers, 0), logger=LIBRDKAFKA_LOG)
+    for part in committed:
+        part.offset = reader.get_watermark_offsets(part, timeout=CONNECT_SECONDS)[1]
+    with suppress(KafkaException):  # another copy is quicker, and has done it
+        commit_offsets(consumer, committed)
 
 
 def open_locations(settings: Settings) -> tuple[Locations, Databases | None]:
@@ -1845,64 +1850,45 @@ def open_locations(settings: Settings) -> tuple[Locations, Databases | None]:
     return Locations(HttpApi(settings).locate, settings), None
 
 
-def run_process(settings: Settings, locations: Locations, databases: Databases | None) -> int:
-    """Run the workers of one process, until they are done or a signal comes, and return the exit code."""
-    stop, received = stop_on_signals()
-    name = f"{socket.gethostname()}-{free_slot(settings.group)}"
-    workers = [Worker(settings, name, number, stop) for number in range(settings.bytewax_workers_per_process)]
+def enrich(settings: Settings) -> int:
+    """Check what can be checked before the start, run, and return the exit code."""
+    log.info("%s", settings)
+    stop, copy = Stop(settings), f"{socket.gethostname()}-{free_slot(settings.group)}"
+    run = functools.partial(run_process, settings, copy, stop, *open_locations(settings))
+    if settings.processes == 1:
+        check_kafka(settings)
+        return run(0)
+    # No client of librdkafka outlives a fork, so that the check has a process of its own.
+    failed = run_processes([functools.partial(check_kafka, settings)], stop)
+    return failed or run_processes([functools.partial(run, number) for number in range(settings.processes)], stop)
+
+
+def run_process(
+    settings: Settings, copy: str, stop: Stop, locations: Locations, databases: Databases | None, number: int
+) -> int:
+    """Run the workers of one process of a copy, until they are done or a signal comes, and return the exit code."""
+    each = settings.bytewax_workers_per_process
+    workers = [Worker(settings, copy, worker, stop) for worker in range(number * each, (number + 1) * each)]
     if settings.metrics_port:
-        serve_metrics(settings.metrics_port, Metrics(workers, locations, databases), workers)
+        serve_metrics(settings.metrics_port + number, Metrics(workers, locations, databases), workers)
     if databases:
         threading.Thread(target=follow_files, args=[databases, locations], daemon=True).start()
     over = threading.Event()
     watch = threading.Thread(target=report, args=[workers, locations, over])
-    alone = multiprocessing.parent_process() is None
-    if alone and sys.stderr.isatty() and not settings.kafka_tail:
+    if settings.processes == 1 and sys.stderr.isatty() and not settings.kafka_tail:
         watch = threading.Thread(target=show_progress, args=[workers, over])
     watch.start()
     gc.freeze()  # what is there now stays
     gc.set_threshold(GARBAGE)
     try:
         run_dataflow(settings, workers, locations)
-    except (BytewaxRuntimeError, KafkaException, TimeoutError) as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # the engine wraps what a step raises
-            cause = cause.__cause__
-        if isinstance(cause, (KafkaException, TimeoutError)):
-            cause = RunError(f"Kafka at {settings.kafka_brokers} (KAFKA_BROKERS): {reason_of(cause)}")
-        raise cause from None
     finally:
         for worker in workers:
             worker.close()
         over.set()
         watch.join()
         log.info("%s", summary(workers, locations))
-    return 128 + received[0] if received and not settings.kafka_tail else 0
-
-
-def end_at_once_on_signals(settings: Settings) -> None:
-    """Let Ctrl-C and SIGTERM end the program as long as nothing is under way."""
-    for signum in SIGNALS:
-        signal.signal(signum, lambda number, _frame: leave(0 if settings.kafka_tail else 128 + number))
-
-
-def stop_on_signals() -> tuple[threading.Event, list[int]]:
-    """Let Ctrl-C and SIGTERM set an event, remember which came, and end the program in any case some seconds later."""
-    stop, received = threading.Event(), list[int]()
-
-    def leave_anyway() -> None:
-        log.error("stopped while Kafka was away: the next start does again what was not committed")
-        leave(1)
-
-    def ask_to_stop(signum: int, _frame: FrameType | None) -> None:
-        received.append(signum)
-        if not stop.is_set():
-            stop.set()
-            threading.Timer(STOP_SECONDS, leave_anyway).start()
-
-    for signum in SIGNALS:
-        signal.signal(signum, ask_to_stop)
-    return stop, received
+    return stop.exit_code
 
 
 def free_slot(group: str) -> int:
@@ -1910,84 +1896,64 @@ def free_slot(group: str) -> int:
 
     A socket with an abstract name (Linux, man 7 unix) is free again whenever its process ends, in whatever way.
     """
-    if sys.platform != "linux":
-        return os.getpid()
-    for number in range(1_000):
+    for number in range(1_000 if sys.platform == "linux" else 0):
         taken = socket.socket(socket.AF_UNIX)
         with suppress(OSError):
             taken.bind(f"\0kafka_enrich {group[:80]} {number}")
             taken.detach()  # and so it stays open as long as the process lives
             return number
-    raise RunError(f"1000 copies of group {group!r} run on this host")
+    return os.getpid()
 
 
-def run_processes(settings: Settings) -> int:
-    """Run several processes, end with the first that fails, or when all are done, and return the exit code."""
-    stop, received = stop_on_signals()
-    spawn = multiprocessing.get_context("spawn")  # a fork would take over librdkafka's clients without their threads
-    each = [its_settings(settings, number) for number in range(settings.processes)]
-    children = [spawn.Process(target=run_child, args=[its]) for its in each]
-    resource_tracker.ensure_running()  # which unblocks signals
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in children, too, until they know what to do with them
-    for child in children:
-        child.start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    failed = None
-    running = list(children)
+def run_processes(runs: Sequence[Callable[[], int | None]], stop: Stop) -> int:
+    """Run each in a process of its own, end them all with the first that fails, and return the exit code."""
+    running, parent, failed = dict[int, int](), os.getpid(), 0
+    for number, run in enumerate([] if stop.is_set() else runs):
+        if not (pid := os.fork()):
+            threading.Thread(target=follow, args=[parent], daemon=True).start()
+            leave(stop.exit_code if stop.is_set() else exit_code_of(run))
+        running[pid] = number
     while running:
-        for child in running if stop.is_set() or failed else ():
-            child.terminate()
-        multiprocessing.connection.wait([child.sentinel for child in running], timeout=0.2)
-        for child in [child for child in running if child.exitcode is not None]:
-            running.remove(child)
-            if child.exitcode and not stop.is_set() and not failed:
-                failed = child
-                log.error("process %d of %d ended with %d", children.index(child), len(children), child.exitcode)
-    if failed:
-        return 2 if failed.exitcode == 2 else 1
-    if received and not settings.kafka_tail:
-        return 128 + received[0]
-    return max(abs(child.exitcode or 0) for child in children)
+        for pid in running if failed or stop.is_set() else ():
+            os.kill(pid, signal.SIGTERM)
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            time.sleep(0.1)
+            continue
+        number, exit_code = running.pop(pid), os.waitstatus_to_exitcode(status)
+        if exit_code in (1, 2):  # it has said why
+            failed = failed or exit_code
+        elif exit_code and not stop.is_set() and not failed:
+            failed = 1
+            log.error("process %d of %d ended with %d", number, len(runs), exit_code)
+    return failed or stop.exit_code
 
 
-def its_settings(settings: Settings, number: int) -> Settings:
-    """Give one of several processes a port and a group instance of its own."""
-    consumer = {**settings.kafka_client, **settings.kafka_consumer}
-    if "group.instance.id" in consumer:
-        consumer["group.instance.id"] += f"-{number}"
-    port = settings.metrics_port and settings.metrics_port + number
-    return msgspec.structs.replace(settings, processes=1, metrics_port=port, kafka_consumer=consumer)
+def follow(parent: int) -> None:
+    """Stop this process when the one that started it has ended."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run_child(settings: Settings) -> None:
-    """Run one of several processes; it ends with the one that started it."""
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent:
-            parent.join()
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=follow, daemon=True).start()
-    end_at_once_on_signals(settings)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    set_up_logging(settings)
-    leave(exit_code_of(lambda: run_process(settings, *open_locations(settings))))
-
-
-def exit_code_of(run: Callable[[], int]) -> int:
+def exit_code_of(run: Callable[[], int | None]) -> int:
     """Run something, and say in a line why it failed where it did."""
     try:
-        return run()
-    except (RunError, SettingsError) as error:
-        for line in str(error).splitlines():
+        return run() or 0
+    except KeyboardInterrupt:  # as long as nothing is under way
+        return 128 + signal.SIGINT
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the engine wraps what a step raises
+            cause = cause.__cause__
+        if isinstance(cause, (KafkaException, TimeoutError)):
+            cause = RunError(f"Kafka (KAFKA_BROKERS) cannot be used: {reason_of(cause)}")
+        if not isinstance(cause, RunError):
+            log.exception("this is a fault of kafka_enrich.py")
+            return 1
+        for line in str(cause).splitlines():
             print(f"kafka_enrich.py: {line}", file=sys.stderr)
-        return 2 if isinstance(error, SettingsError) else 1
-    except KafkaException as error:
-        print(f"kafka_enrich.py: Kafka does not answer: {reason_of(error)}", file=sys.stderr)
-    except Exception:
-        log.exception("this is a fault of kafka_enrich.py")
-    return 1
+        return cause.exit_code
 
 
 def leave(exit_code: int) -> NoReturn:
@@ -1998,28 +1964,11 @@ def leave(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def set_up_logging(settings: Settings) -> None:
-    """Log to stderr."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    log.setLevel(settings.log_level)
-    LIBRDKAFKA_LOG.setLevel(logging.DEBUG if settings.log_level == "DEBUG" else logging.CRITICAL)
-
-
-def enrich(settings: Settings) -> int:
-    """Check what can be checked before the start, and run."""
-    log.info("%s", settings)
-    opened = open_locations(settings)
-    check_kafka(settings)
-    if settings.processes == 1:
-        return run_process(settings, *opened)
-    del opened  # each process opens its own
-    return run_processes(settings)
-
-
-def check(settings: Settings) -> int:
+def check(settings: Settings) -> None:
     """Do every check of a start, and print what it found."""
     _, databases = open_locations(settings)
-    asks, admin = check_kafka(settings)
+    check_kafka(settings)
+    _, asks, admin = connect(settings, LIBRDKAFKA_LOG)
     topic, group, members = settings.kafka_input_topic, settings.group, 0
     with suppress(KafkaException):  # of a group that nobody has joined yet
         members = len(admin.describe_consumer_groups([group])[group].result(CONNECT_SECONDS).members)
@@ -2032,10 +1981,9 @@ def check(settings: Settings) -> int:
     for database in databases.in_use if databases else ():
         print(f"database {database.path}: {database.kind} of {database.built.date()}")
     print(f"fields: {', '.join(split_names(settings.fields))}")
-    return 0
 
 
-def try_out(settings: Settings, values: Iterable[bytes]) -> int:
+def try_out(settings: Settings, values: Iterable[bytes]) -> None:
     """Print what records with these values become; nothing is asked of Kafka."""
     locations, _ = open_locations(settings)
     with suppress(BrokenPipeError):  # nobody reads it any more, as in `| head`
@@ -2045,7 +1993,6 @@ def try_out(settings: Settings, values: Iterable[bytes]) -> int:
                 time.sleep(RETRY_SECONDS)
             sys.stdout.buffer.write((answer[0] or b"") + b"\n")
             sys.stdout.flush()
-    return 0
 
 
 def main() -> int:
@@ -2057,20 +2004,24 @@ def main() -> int:
     what.add_argument("values", nargs="*", type=os.fsencode, default=[])
     arguments = parser.parse_args()
     if arguments.help:
-        hints = get_type_hints(Settings, include_extras=True)
-        lines = [f"  {name:27}  {hints[field].__metadata__[0].description}" for name, field in NAMES.items()]
+        lines = [f"  {name:27}  {hint.__metadata__[0].description}" for name, hint in NAMES.items()]
         lines += [f"  {prefix + '*':27}  a property of librdkafka" for prefix in PROPERTIES]
         print(__doc__ or "", "Settings:\n", *lines, sep="\n")
         return 0
     environment = with_settings_file(os.environ, Path(__file__).with_name("kafka_enrich.env"))
     settings = read_settings(environment)
-    set_up_logging(settings)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    log.setLevel(settings.log_level)
+    LIBRDKAFKA_LOG.setLevel(logging.DEBUG if settings.log_level == "DEBUG" else logging.CRITICAL)
     for line in doubtful_names(environment):
         log.warning("%s", line)
-    end_at_once_on_signals(settings)
-    if arguments.values:
-        return try_out(settings, sys.stdin.buffer if arguments.values == [b"-"] else arguments.values)
-    return check(settings) if arguments.check else enrich(settings)
+    if arguments.check:
+        check(settings)
+    elif arguments.values:
+        try_out(settings, sys.stdin.buffer if arguments.values == [b"-"] else arguments.values)
+    else:
+        return enrich(settings)
+    return 0
 
 
 if __name__ == "__main__":

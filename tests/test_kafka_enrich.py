@@ -92,7 +92,7 @@ def shares(topics: Topics) -> list[int]:
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
-    """The processes that a process has started, as Linux tells them; what multiprocessing needs for itself is first."""
+    """The processes that a process has started, as Linux tells them."""
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
@@ -333,20 +333,22 @@ def test_second_run_finds_nothing_new_and_another_group_does_all(kafka_enrich_pr
     assert len(topics.read()) == 2
 
 
-@pytest.mark.parametrize("error_topic", [False, True])
+@pytest.mark.parametrize(("error_topic", "processes"), [(False, "1"), (True, "1"), (False, "2")])
 def test_exactly_once_shows_records_when_they_are_committed(
-    kafka_enrich_program: Program, topics: Topics, error_topic: bool
+    kafka_enrich_program: Program, topics: Topics, error_topic: bool, processes: str
 ) -> None:
     written = records(100)  # the sample database knows none of them
     topics.write(written)
     environment = {**topics.environment(), **DATABASE, **TAIL, **EXACTLY_ONCE, **INSTANCE, "COMMIT_SECONDS": "60"}
+    environment["PROCESSES"] = processes
     target = topics.output
     if error_topic:
         target = environment["KAFKA_ERROR_TOPIC"] = topics.output + "-errors"
         topics.create(target)
     killed = kafka_enrich_program.start(**environment)
     wait_until(lambda: topics.end_offset(target) == 100)
-    killed.kill()
+    for pid in [*children(killed), killed.pid]:
+        os.kill(pid, signal.SIGKILL)
     killed.wait()
     process = kafka_enrich_program.start(**environment)
     wait_until(lambda: topics.end_offset(target) > 200)  # the second hundred, and the marks that end the first one
@@ -754,8 +756,8 @@ def test_missing_error_topic(kafka_enrich_program: Program, topics: Topics) -> N
 def test_missing_topic_is_not_created(kafka_enrich_program: Program, topic_names: Topics, missing: str) -> None:
     topic_names.create(topic_names.output if missing == "input" else topic_names.input)
     name = getattr(topic_names, missing)
-    for _ in range(2):
-        error = only_line(kafka_enrich_program(**topic_names.environment(), **DATABASE))
+    for processes in ("1", "2"):
+        error = only_line(kafka_enrich_program(**topic_names.environment(), **DATABASE, PROCESSES=processes))
         assert f"topic {name!r} does not exist; create it, or run: python load_data.py" in error
 
 
