@@ -919,38 +919,29 @@ class LookupFailed(Exception):
 
 
 # IANA's special-purpose registries (iana-ipv4-special-registry, iana-ipv6-special-registry) as of April 2025: blocks
-# that are not globally reachable, and blocks in these that are. Of IPv6 only 2000::/3 is in use at all.
-RESERVED = """
-    0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.168.0.0/16
-    198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3 ::/3 2001::/23 2001:db8::/32 3fff::/20 4000::/2 8000::/1
+# that are not globally reachable, and, where a block lies in another one, what is. Of IPv6 only 2000::/3 is in use.
+RESERVED_4 = """
+    0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.0.9/32 192.0.0.10/32
+    192.0.2.0/24 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3
 """
-REACHABLE = """
-    192.0.0.9/32 192.0.0.10/32 2001:1::1/128 2001:1::2/128 2001:1::3/128 2001:3::/32 2001:4:112::/48 2001:20::/28
-    2001:30::/28
+RESERVED_6 = """
+    ::/3 2001::/23 2001:1::1/128 2001:1::2/128 2001:1::3/128 2001:3::/32 2001:4:112::/48 2001:20::/28 2001:30::/28
+    2001:db8::/32 3fff::/20 4000::/2 8000::/1
 """
+PUBLIC_FIRST_BYTES = {*range(224)} - {int(block.partition(".")[0]) for block in RESERVED_4.split()}
 # Where an IPv4 address stands in an IPv6 address: mapped (RFC 4291), NAT64 (RFC 6052), 6to4 (RFC 3056).
 EMBEDDED = ((bytes(10) + b"\xff\xff", 12), (bytes.fromhex("0064ff9b") + bytes(8), 12), (bytes.fromhex("2002"), 2))
-# How an address is written: in brackets with a port or without one, IPv4 with a port, or as it is, with a zone or not.
-WRITTEN = re.compile(
-    r"\[([0-9A-Fa-f:.]+(?:%[^\s\]]+)?)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}|([0-9A-Fa-f:.]+(?:%\S+)?)"
-)
+# How an address is written: in brackets with a port or without one, IPv4 with a port, or as it is.
+WRITTEN = re.compile(r"\[(\S+)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}|(\S+)")
 
 
-def bounds(version: Literal[4, 6]) -> tuple[list[int], list[int]]:
-    """Find where the reserved blocks of an IP version begin and end."""
-    networks: list[Any] = [ipaddress.ip_network(text) for text in RESERVED.split() if (":" in text) == (version == 6)]
-    for hole in [ipaddress.ip_network(text) for text in REACHABLE.split() if (":" in text) == (version == 6)]:
-        for network in [network for network in networks if network.overlaps(hole)]:
-            networks.remove(network)
-            networks += network.address_exclude(hole)
-    networks.sort()
-    return [int(network[0]) for network in networks], [int(network[-1]) for network in networks]
+def edges(blocks: str) -> list[int]:
+    """Find the addresses at which what is reserved begins or ends."""
+    networks = [ipaddress.ip_network(block) for block in blocks.split()]
+    return sorted(edge for network in networks for edge in (int(network[0]), int(network[-1]) + 1))
 
 
-BOUNDS = {4: bounds(4), 16: bounds(6)}  # by the number of bytes of an address
-PUBLIC_FIRST_BYTES = set(range(256)) - {
-    byte for first, last in zip(*BOUNDS[4], strict=True) for byte in range(first >> 24, (last >> 24) + 1)
-}
+EDGES = {4: edges(RESERVED_4), 16: edges(RESERVED_6)}  # by the number of bytes of an address
 
 
 def find_address(text: str) -> tuple[str, str, bool]:
@@ -965,49 +956,37 @@ def find_address(text: str) -> tuple[str, str, bool]:
             return text, text, True
     except (OSError, ValueError):
         pass
-    reserved = None
     if text.startswith("["):  # an array in JSON, or an address in brackets
         with suppress(ValueError, RecursionError):
             text = address_in(msgspec.json.decode(text))
+    first = None
     for part in text.split(","):
-        written = part.strip()
-        if written[:1] == written[-1:] == '"':
-            written = written[1:-1].strip()
-        match = WRITTEN.fullmatch(written)
-        stood = match and (match[1] or match[2] or match[3])
-        packed = stood and pack(stood)
-        if stood and packed:
-            asked = socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
-            if is_public(packed):
-                return stood, asked, True
-            reserved = reserved or (stood, asked, False)
-    if reserved:
-        return reserved
-    raise NotLocated("invalid_ip")
+        found = parse_address(part)
+        if found and found[2]:
+            return found
+        first = first or found
+    if first is None:
+        raise NotLocated("invalid_ip")
+    return first
 
 
-def pack(text: str) -> bytes | None:
-    """Parse an address into its 4 or 16 bytes; an IPv4 address inside an IPv6 address counts as that."""
+def parse_address(text: str) -> tuple[str, str, bool] | None:
+    """Read one address, as find_address has it; an IPv4 address inside an IPv6 address counts as that."""
+    match = WRITTEN.fullmatch(text.strip(' \t\r\n"'))
+    stood = match[match.lastindex or 0] if match else ""
     try:
-        return socket.inet_pton(socket.AF_INET, text)
-    except (OSError, ValueError):
-        pass
-    try:
-        packed = socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
+        if ":" in stood:
+            packed = socket.inet_pton(socket.AF_INET6, stood.partition("%")[0])
+            for prefix, start in EMBEDDED:
+                if packed.startswith(prefix):
+                    packed = packed[start : start + 4]
+                    break
+        else:
+            packed = socket.inet_pton(socket.AF_INET, stood)
     except (OSError, ValueError):
         return None
-    for prefix, start in EMBEDDED:
-        if packed.startswith(prefix):
-            return packed[start : start + 4]
-    return packed
-
-
-def is_public(packed: bytes) -> bool:
-    """Tell whether an address can be somebody's on the public Internet."""
-    firsts, lasts = BOUNDS[len(packed)]
-    number = int.from_bytes(packed, "big")
-    block = bisect.bisect_right(firsts, number) - 1
-    return block < 0 or number > lasts[block]
+    asked = socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+    return stood, asked, bisect.bisect(EDGES[len(packed)], int.from_bytes(packed, "big")) % 2 == 0
 
 
 # --- Locations: their fields, wherever a source has them --------------------------------------------------------
