@@ -58,7 +58,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from email.utils import parsedate_to_datetime
 from logging.handlers import BufferingHandler
 from pathlib import Path
 from types import FrameType
@@ -912,11 +911,6 @@ class NotLocated(Exception):
 class LookupFailed(Exception):
     """The source did not answer; it may the next time, so that this is never remembered."""
 
-    def __init__(self, why: str, pause: float = 0) -> None:
-        """Say why, and for how many seconds the source wants to be left alone."""
-        super().__init__(why)
-        self.pause = pause
-
 
 # IANA's special-purpose registries (iana-ipv4-special-registry, iana-ipv6-special-registry) as of April 2025: blocks
 # that are not globally reachable, and, where a block lies in another one, what is. Of IPv6 only 2000::/3 is in use.
@@ -993,8 +987,9 @@ def parse_address(text: str) -> tuple[str, str, bool] | None:
 
 Location = dict[str, object]  # by field; None where the source does not know
 Locate = Callable[[str, bool], Location]  # of an address, and whether it is public; raises NotLocated, LookupFailed
-Find = Callable[[str], Location]  # of an address as sources are asked; {} where none of the fields is known
 Read = Callable[[object], object]  # takes what stands in a record, and returns None where it says nothing
+ReadLocation = Callable[[object, Location], Location]  # of a record, and what is known already
+CODE = re.compile("([A-Z]{2}-)?[A-Z0-9]{1,3}")
 
 
 def as_text(value: object) -> str | None:
@@ -1003,29 +998,19 @@ def as_text(value: object) -> str | None:
     return found if found not in ("", "-", "ZZ") else None
 
 
-def text_like(pattern: str) -> Callable[[object], str | None]:
-    """Make a function that reads a text which is wholly like a pattern."""
-    matches = re.compile(pattern).fullmatch
-
-    def read(value: object) -> str | None:
-        found = as_text(value)
-        return found if found and matches(found) else None
-
-    return read
+def as_code(value: object) -> str | None:
+    """Read the code of a country, a region or a continent, where some databases have its name."""
+    found = as_text(value)
+    return found if found and CODE.fullmatch(found) else None
 
 
-as_code = text_like("[A-Z]{2}")  # of a country or a continent, where there may be a name
-as_name = text_like("(?s:(?![A-Z]{2}$).+)")  # where there may be a code
-as_region_code = text_like("[A-Z0-9]{1,3}")
-
-
-def as_number(value: object) -> float | None:
-    """Read a number, which some databases have as text."""
+def as_degrees(value: object) -> float | None:
+    """Read a latitude or a longitude, which some databases have as text."""
     try:
-        found = float(value) if isinstance(value, (str, float, int)) and not isinstance(value, bool) else math.nan
+        found = float(value if isinstance(value, float) else str(value))
     except ValueError:
         return None
-    return found if math.isfinite(found) else None
+    return found if -180 <= found <= 180 else None
 
 
 def as_asn(value: object) -> str | None:
@@ -1036,9 +1021,8 @@ def as_asn(value: object) -> str | None:
 
 def in_eu(value: object) -> bool | None:
     """Read a flag, or whether a country of MaxMind's schema is in the European Union: only those that are say so."""
-    if isinstance(value, dict):
-        return bool(value.get("is_in_european_union"))
-    return value if isinstance(value, bool) else None
+    flag = bool(value.get("is_in_european_union")) if isinstance(value, dict) else value
+    return flag if isinstance(flag, bool) else None
 
 
 def anything(value: object) -> object:
@@ -1051,70 +1035,66 @@ def anything(value: object) -> object:
     return as_text(str(value)) if isinstance(value, str) or large else value
 
 
-# What a location can hold, in ipapi.co's words: how it is read, and from where, MaxMind's schema before flat ones
-# (DB-IP, IPinfo, ip-location-db, ipapi.co). In a path * is the language.
-FIELDS: dict[str, tuple[tuple[Read, str], ...]] = {
-    "city": ((as_text, "city.names.* city"),),
-    "region": ((as_text, "subdivisions.0.names.* region_name region state1"),),
-    "region_code": ((as_text, "subdivisions.0.iso_code region_code"), (as_region_code, "region")),
-    "country_name": (
-        (as_name, "country.names.* country_name country registered_country.names.*"),
-        (as_text, "country.iso_code country_code country registered_country.iso_code"),
-    ),
-    "country_code": ((as_code, "country.iso_code country_code country registered_country.iso_code"),),
-    "continent_code": ((as_code, "continent.code continent_code continent"),),
-    "postal": ((as_text, "postal.code postal postal_code postcode"),),
-    "latitude": ((as_number, "location.latitude latitude lat"),),
-    "longitude": ((as_number, "location.longitude longitude lng lon"),),
-    "timezone": ((as_text, "location.time_zone timezone time_zone"),),
-    "in_eu": ((in_eu, "in_eu country registered_country"),),
-    "asn": ((as_asn, "autonomous_system_number traits.autonomous_system_number asn"),),
-    "org": ((as_text, "autonomous_system_organization traits.autonomous_system_organization org as_name name"),),
-    "network": ((as_text, "network"),),
+COUNTRY_CODES = "country_code country country.iso_code registered_country.iso_code"
+# What a location can hold, in ipapi.co's words: how it is read, and from where, flat schemas (DB-IP, IPinfo,
+# ip-location-db, ipapi.co) before MaxMind's, and names before codes. In a path * is the language, or else English.
+FIELDS: dict[str, tuple[Read, str]] = {
+    "city": (as_text, "city city.names.*"),
+    "region": (as_text, "region_name region state1 subdivisions.0.names.*"),
+    "region_code": (as_code, "region_code region subdivisions.0.iso_code"),
+    "country_name": (as_text, f"country_name country country.names.* registered_country.names.* {COUNTRY_CODES}"),
+    "country_code": (as_code, COUNTRY_CODES),
+    "continent_code": (as_code, "continent_code continent continent.code"),
+    "postal": (as_text, "postal postal_code postcode postal.code"),
+    "latitude": (as_degrees, "latitude lat location.latitude"),
+    "longitude": (as_degrees, "longitude lng lon location.longitude"),
+    "timezone": (as_text, "timezone time_zone location.time_zone"),
+    "in_eu": (in_eu, "in_eu country registered_country"),
+    "asn": (as_asn, "asn autonomous_system_number traits.autonomous_system_number"),
+    "org": (as_text, "org as_name name autonomous_system_organization traits.autonomous_system_organization"),
+    "network": (as_text, "network"),
 }
 
 
-def location_reader(fields: str, language: str) -> Callable[[object], Location]:
-    """Make a function that reads the fields of a location out of a record, in whichever schema it is."""
-    places: dict[str, list[tuple[Read, str, list[str]]]] = {}
+def unknown_location(fields: str) -> Location:
+    """Make a location of which nothing is known."""
+    return dict.fromkeys(field.partition("=")[0] for field in split_names(fields))
+
+
+def location_reader(fields: str, language: str) -> ReadLocation:
+    """Make a function that reads from a record, in whichever schema it is, what of a location is not known yet."""
+    places: list[tuple[str, Read, str, list[str]]] = []
     for field in split_names(fields):
         title, _, path = field.partition("=")
-        rows = [(anything, [path.strip()])] if path else [(read, paths.split()) for read, paths in FIELDS[title]]
-        places[title] = [(read, first, rest) for read, paths in rows for first, *rest in map(path_of, paths)]
-    pair = [title for title in ("latitude", "longitude") if title in places]
-
-    nothing: Location = dict.fromkeys(places)
+        read, paths = (anything, [path.strip()]) if path else (FIELDS[title][0], FIELDS[title][1].split())
+        in_words = dict.fromkeys(path.replace("*", name) for path in paths for name in (language, "en"))
+        places += [(title, read, first, rest) for first, *rest in map(path_of, in_words)]
+    pair = {"latitude", "longitude"} & unknown_location(fields).keys()
 
     @functools.lru_cache(1_000)  # databases have some tens of these, and nearly all places are in none of them
     def places_in(members: tuple[str, ...]) -> list[tuple[str, Read, str, list[str]]]:
-        return [(title, *place) for title, its in places.items() for place in its if place[1] in members]
+        return [place for place in places if place[2] in members]
 
-    def read_location(record: object) -> Location:
-        location = nothing.copy()
-        members = record if isinstance(record, dict) else {}
-        for title, read, first, rest in places_in(tuple(members)):
+    def read_location(record: object, known: Location) -> Location:
+        if not isinstance(record, dict):
+            return known
+        location = known.copy()
+        for title, read, first, rest in places_in(tuple(record)):
             if location[title] is None:
-                found = members[first]
-                if not rest:
-                    location[title] = read(found)
-                elif not isinstance(found, str):  # as flat schemas have it
-                    location[title] = read(value_at(found, rest, language))
+                location[title] = read(value_at(record[first], rest) if rest else record[first])
         if pair and None in map(location.get, pair):  # half a place is none
             location.update(dict.fromkeys(pair))
-        return location if location != nothing or (members and nothing.keys() == {"network"}) else {}
+        return location
 
     return read_location
 
 
-def value_at(record: object, path: list[str], language: str = "") -> object:
-    """Follow a path through a record or an event, with a language * for names in it; None where it leads nowhere."""
+def value_at(record: object, path: list[str]) -> object:
+    """Follow a path through a record or an event; None where it leads nowhere."""
     found = record
     for key in path:
         if isinstance(found, dict):
-            names = found
-            found = names.get(key)
-            if key == "*" and language:
-                found = names.get(language) or names.get("en") or next(iter(names.values()), None)
+            found = found.get(key)
         elif isinstance(found, list) and PLACE.fullmatch(key) and int(key) < len(found):
             found = found[int(key)]
         else:
@@ -1126,15 +1106,45 @@ def value_at(record: object, path: list[str], language: str = "") -> object:
 
 LOOK_SECONDS = 2.0  # between two looks at the files; one that is the same at both is not being written
 SAMPLE = 100_000  # networks of a database that are searched for a field before it is refused
-MISTAKEN = {  # how files begin that are taken for databases, and what they are
-    b"\x1f\x8b": "is compressed: gunzip it",
-    b"PK\x03\x04": "is a zip archive: unpack it",
-    b"version https://git-lfs": "is a Git LFS pointer: git lfs pull",
-}
 
 
-class DatabaseError(Exception):
-    """A file is no database that can be used; the message says why."""
+class Database:
+    """A database that is open, and holds some of the fields that are wanted."""
+
+    def __init__(self, path: str, read_location: ReadLocation, nowhere: Location) -> None:
+        self.path, self._read = path, read_location
+        self.mark = self.seen = mark_of(path)  # of the file that was opened or refused last, and at the last look
+        try:
+            reader = open_copy(path)
+            self._get, metadata = reader.get_with_prefix_len, reader.metadata()
+            self.kind, self._version = metadata.database_type, metadata.ip_version
+            self.built = datetime.fromtimestamp(metadata.build_epoch, timezone.utc)
+            usable = any(self.find(address, nowhere) != nowhere for address in sample(reader))
+        except OSError as error:
+            raise SettingsError(f"GEOIP_DATABASE: {path} cannot be read: {error.strerror}") from None
+        except (ValueError, OverflowError, maxminddb.InvalidDatabaseError, LookupFailed):
+            raise SettingsError(f"GEOIP_DATABASE: {path} is no MaxMind database, or has to be unpacked") from None
+        if mark_of(path) != self.mark:
+            raise SettingsError(f"GEOIP_DATABASE: {path} is being written")
+        if not usable:
+            raise SettingsError(f"GEOIP_DATABASE: {path}, {self.kind}, has none of FIELDS")
+        log.info("locating with %s, %s of %s", path, self.kind, self.built.date())
+
+    def find(self, address: str, known: Location) -> Location:
+        """Find what the database adds to what is known of an address."""
+        if self._version == 4 and ":" in address:
+            return known
+        try:
+            record, length = self._get(address)
+        except (ValueError, maxminddb.InvalidDatabaseError):  # the file is damaged at this record
+            raise LookupFailed(f"{self.path} is damaged at {address}") from None
+        if record is None:
+            return known
+        location = self._read(record, known)
+        # A record that tells nothing else has no network to tell either, unless that is all that is wanted.
+        if location.get("network", "") is None and (location != known or len(known) == 1):
+            location["network"] = str(ipaddress.ip_network((address, length), strict=False))
+        return location
 
 
 def mark_of(path: str) -> tuple[int, ...]:
@@ -1143,45 +1153,6 @@ def mark_of(path: str) -> tuple[int, ...]:
         found = os.stat(path)
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
     return ()
-
-
-class Database:
-    """A database that is open, and holds some of the fields that are wanted."""
-
-    def __init__(self, path: str, read_location: Callable[[object], Location], with_network: bool) -> None:
-        self.path, self.mark, self._read, self._with_network = path, mark_of(path), read_location, with_network
-        try:
-            if not os.path.isfile(path):
-                raise OSError
-            self._reader = open_copy(path)
-            metadata = self._reader.metadata()
-            self.kind, self._version = metadata.database_type, metadata.ip_version
-            self.built = datetime.fromtimestamp(metadata.build_epoch, timezone.utc)
-            # A field is searched in the first networks, and then in all of IPv4 in large steps.
-            first = (record for _, record in itertools.islice(self._reader, SAMPLE))
-            others = map(self._reader.get, map(ipaddress.IPv4Address, range(0, 1 << 32, (1 << 32) // SAMPLE)))
-            known = any(map(read_location, itertools.chain(first, others)))
-        except (OSError, ValueError, OverflowError, maxminddb.InvalidDatabaseError) as error:
-            raise DatabaseError(f"{path} {why_no_database(path, error)}") from None
-        if mark_of(path) != self.mark:
-            raise DatabaseError(f"{path} is being written")
-        if not known:
-            raise DatabaseError(f"{path}, {self.kind}, has none of FIELDS")
-        log.info("locating with %s, %s of %s", path, self.kind, self.built.date())
-
-    def find(self, address: str) -> Location:
-        """Find an address; {} where none of the fields is known."""
-        if self._version == 4 and ":" in address:
-            return {}
-        try:
-            record = self._reader.get(address)
-        except (ValueError, maxminddb.InvalidDatabaseError):  # the file is damaged at this record
-            raise LookupFailed(f"{self.path} is damaged at {address}") from None
-        location = {} if record is None else self._read(record)
-        if location and self._with_network:
-            _, length = self._reader.get_with_prefix_len(address)
-            location["network"] = str(ipaddress.ip_network(f"{address}/{length}", strict=False))
-        return location
 
 
 def open_copy(path: str) -> maxminddb.Reader:
@@ -1195,83 +1166,52 @@ def open_copy(path: str) -> maxminddb.Reader:
         return maxminddb.open_database(f"/dev/fd/{copy.fileno()}", maxminddb.MODE_MMAP_EXT)
 
 
-def why_no_database(path: str, error: Exception) -> str:
-    """Say what a file is, where people take it for a database."""
-    if not os.path.exists(path):
-        return "is not there"
-    if not os.path.isfile(path):
-        return "is no file: name the .mmdb file"
-    try:
-        with open(path, "rb") as file:
-            start = file.read(512)
-    except OSError as unreadable:
-        return f"cannot be read: {unreadable.strerror}"
-    if start[257:262] == b"ustar":
-        return "is a tar archive: unpack it"
-    return next((what for how, what in MISTAKEN.items() if start.startswith(how)), f"is no MaxMind database: {error}")
-
-
-def find_in_both(first: Find, second: Find, address: str) -> Location:
-    """Find an address in two databases, each field in the first one if it knows that."""
-    location = first(address)
-    if location and None not in location.values():
-        return location
-    found = second(address)
-    if found:
-        found.update((name, value) for name, value in location.items() if value is not None)
-    return found or location
+def sample(reader: maxminddb.Reader) -> Iterator[str]:
+    """Choose addresses: of the first networks, and then of all of IPv4 in large steps."""
+    yield from (str(network[0]) for network, _ in itertools.islice(reader, SAMPLE))
+    yield from (str(ipaddress.IPv4Address(number)) for number in range(0, 1 << 32, (1 << 32) // SAMPLE))
 
 
 class Databases:
     """The databases that are in use, and the files that they came from."""
 
     def __init__(self, settings: "Settings") -> None:
+        self._nowhere = unknown_location(settings.fields)
         read_location = location_reader(settings.fields, settings.geoip_language)
-        with_network = "network" in split_names(settings.fields)
-        self._open = functools.partial(Database, read_location=read_location, with_network=with_network)
-        try:
-            self.in_use = [self._open(path) for path in split_names(settings.geoip_database)]
-        except DatabaseError as error:
-            raise SettingsError(f"GEOIP_DATABASE: {error}") from None
+        self._open = functools.partial(Database, read_location=read_location, nowhere=self._nowhere)
+        self.in_use = [self._open(path) for path in split_names(settings.geoip_database)]
         self.swaps = self.refusals = 0
-        self._seen = {database.path: database.mark for database in self.in_use}
-        self._refused: dict[str, tuple[int, ...]] = {}
 
-    def locate(self) -> Locate:
-        """Make a function that asks the databases that are in use now, each field from the first that knows it."""
-        find = self.in_use[0].find
-        for database in self.in_use[1:]:
-            find = functools.partial(find_in_both, find, database.find)
-
-        def locate(address: str, public: bool) -> Location:
-            if location := find(address):
-                return location
+    def locate(self, address: str, public: bool) -> Location:
+        """Ask the databases in their order, each for the fields that are not known yet, as Locate has it."""
+        location = self._nowhere
+        for database in self.in_use:
+            if None in location.values():
+                location = database.find(address, location)
+        if location == self._nowhere:
             raise NotLocated("not_found" if public else "reserved_ip")
-
-        return locate
+        return location
 
     def look(self) -> bool:
-        """Look at the files once, and open those that are others now; tell whether any is in use.
+        """Look at the files once, and use those that are others now and not being written; tell whether any is.
 
         A file that cannot be used is refused with one warning, and the database that was in its place stays.
         """
-        swapped = False
+        newest = self.in_use.copy()
         for number, database in enumerate(self.in_use):
-            path, mark = database.path, mark_of(database.path)
-            before, self._seen[path] = self._seen[path], mark
-            if mark == database.mark:
-                self._refused.pop(path, None)
-            if mark in (database.mark, self._refused.get(path)) or mark != before:
+            mark = mark_of(database.path)
+            changing, database.seen = mark != database.seen, mark
+            if changing or mark == database.mark:
                 continue
+            database.mark = mark
             try:
-                self.in_use[number] = self._open(path)
+                newest[number] = self._open(database.path)
                 self.swaps += 1
-                swapped = True
-            except DatabaseError as error:
-                self._refused[path] = mark
+            except SettingsError as error:
                 self.refusals += 1
                 log.warning("%s; the one of %s stays in use", error, database.built.date())
-        return swapped
+        before, self.in_use = self.in_use, newest  # all together
+        return newest != before
 
 
 def follow_files(databases: Databases, locations: "Locations") -> NoReturn:
@@ -1279,7 +1219,7 @@ def follow_files(databases: Databases, locations: "Locations") -> NoReturn:
     while True:
         time.sleep(LOOK_SECONDS)
         if databases.look():
-            locations.use(databases.locate())
+            locations.use(databases.locate)
 
 
 # --- Locations over HTTP ----------------------------------------------------------------------------------------
@@ -1288,8 +1228,11 @@ LOOKUP_LIMIT = 4.0  # s for one address, retries included: a stop waits for it
 TRY_LIMIT = 1.5  # s without a byte
 LARGEST_REPLY = 65_536  # bytes; a location takes about 800
 FAILURES_IN_A_ROW = 5  # before the API is left alone
-PAUSE_SECONDS, LONGEST_PAUSE = 60.0, 86_400.0
+PAUSE_SECONDS, LONGEST_PAUSE = 60.0, 86_400
 OF_EVERY_REPLY = {"city", "region", "country_name"}
+FINAL_REASONS = {"Reserved IP Address": "reserved_ip", "Invalid IP Address": "invalid_ip"}
+RETRIES = Retry(2, backoff_factor=0.1, status_forcelist=range(500, 600), raise_on_status=False)
+RETRIES.respect_retry_after_header = False  # a pause is for all addresses, and not slept here
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # its lines hold the URL, and that one the key
 
 
@@ -1298,86 +1241,75 @@ class HttpApi:
 
     def __init__(self, settings: "Settings") -> None:
         self._url = settings.ipapi_url.rstrip("/")
-        self._params = {"key": settings.ipapi_key} if settings.ipapi_key else {}
+        self._nowhere = unknown_location(settings.fields)
         self._read = location_reader(settings.fields, settings.geoip_language)
         self._session = requests.Session()
+        self._session.params = {"key": settings.ipapi_key or None}
         self._session.headers["User-Agent"] = f"kafka_enrich {requests.utils.default_user_agent()}"
-        again = Retry(2, backoff_factor=0.1, status_forcelist=(500, 502, 503, 504), raise_on_status=False)
-        again.respect_retry_after_header = False  # a pause is for all addresses, and not slept here
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=64, max_retries=again))
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=64, max_retries=RETRIES))
         self._failures = 0  # in a row
         self._paused_until = 0.0  # on the clock of time.monotonic
 
     def locate(self, address: str, public: bool) -> Location:
-        """Ask the API where an address is, as Locate has it."""
+        """Ask the API where an address is, as Locate has it: it sends errors with status 200 too, proxies anything."""
         if not public:
             raise NotLocated("reserved_ip")
         if time.monotonic() < self._paused_until:
             raise LookupFailed(f"{self._url} is left alone")
         try:
-            found = location_in(*within(LOOKUP_LIMIT, self._ask, address))
-        except (OSError, ValueError, urllib3.exceptions.HTTPError, LookupFailed) as error:  # requests' are OSErrors
-            failure = error if isinstance(error, LookupFailed) else LookupFailed(cause_of(error))
-            self._failures += 1
-            pause = failure.pause or (PAUSE_SECONDS if self._failures >= FAILURES_IN_A_ROW else 0)
-            if pause and time.monotonic() >= self._paused_until:
-                self._paused_until = time.monotonic() + pause
-                log.warning("%s: %s; left alone for %.0f s", self._url, failure, pause)
-            raise failure from None
+            status, retry_after, fields = within(LOOKUP_LIMIT, self._ask, address)
+        except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:  # requests' are OSErrors
+            raise self._failure(cause_of(error)) from None
+        reason = str(fields.get("reason"))
+        if status in (401, 403, 429) or reason == "RateLimited":
+            why = "rate limited" if reason == "RateLimited" else f"HTTP {status}"
+            raise self._failure(why, pause_in(retry_after, fields.get("wait")))
+        located = status == 200 and not fields.get("error") and fields.keys() >= OF_EVERY_REPLY
+        # A page that is not there, and does not give a reason, speaks of a wrong IPAPI_URL.
+        if not located and reason not in FINAL_REASONS and not (status == 404 and "reason" in fields):
+            raise self._failure(f"HTTP {status} without a location")
         self._failures = 0
-        location = self._read(found)
-        if not location:
-            raise NotLocated(found if isinstance(found, str) else "not_found")
+        location = self._read(fields if located else {}, self._nowhere)
+        if location == self._nowhere:
+            raise NotLocated(FINAL_REASONS.get(reason, "not_found"))
         return location
 
-    def _ask(self, address: str) -> tuple[int, str | None, bytes]:
-        """Fetch a reply of bounded size: its status, its Retry-After header, its body."""
-        with self._session.get(
-            f"{self._url}/{address}/json/", params=self._params, timeout=TRY_LIMIT, stream=True, allow_redirects=False
-        ) as response:
+    def _ask(self, address: str) -> tuple[int, str | None, dict[str, Any]]:
+        """Fetch a reply of bounded size: its status, its Retry-After header, and the members of its body."""
+        url = f"{self._url}/{address}/json/"
+        with self._session.get(url, timeout=TRY_LIMIT, stream=True, allow_redirects=False) as response:
             body = response.raw.read(LARGEST_REPLY, decode_content=True)
-            return response.status_code, response.headers.get("Retry-After"), body
+        fields: dict[str, Any] = {}
+        with suppress(ValueError, RecursionError):
+            fields = msgspec.json.decode(body, type=dict[str, Any])
+        return response.status_code, response.headers.get("Retry-After"), fields
+
+    def _failure(self, why: str, pause: float = 0) -> LookupFailed:
+        """Count a failure, and leave the API alone for as long as it says, or where it fails again and again."""
+        self._failures += 1
+        if self._failures >= FAILURES_IN_A_ROW:
+            pause = pause or PAUSE_SECONDS
+        if pause and time.monotonic() >= self._paused_until:
+            self._paused_until = time.monotonic() + pause
+            log.warning("%s: %s; left alone for %.0f s", self._url, why, pause)
+        return LookupFailed(why)
 
 
 def cause_of(error: BaseException) -> str:
     """Say why a request failed, without the URL that requests puts into its errors: it holds the key."""
-    if type(error) is OSError:  # of requests itself: a file of certificates that is not there
-        return str(error)
-    while error.__context__ is not None and not (isinstance(error, OSError) and error.errno):
+    while error.__context__ is not None:
         error = error.__context__
-    number = error.errno if isinstance(error, OSError) else None
-    return (error.strerror or os.strerror(number)) if isinstance(error, OSError) and number else type(error).__name__
+    without_url = type(error) in (OSError, TimeoutError)  # of certificates that are not there, or of within
+    return getattr(error, "strerror", None) or (str(error) if without_url else type(error).__name__)
 
 
-def location_in(status: int, retry_after: str | None, body: bytes) -> dict[str, object] | str:
-    """Read a reply, or why it has no location: the API sends errors with status 200 too, and proxies send anything."""
-    try:
-        fields = msgspec.json.decode(body, type=dict[str, Any])
-    except (ValueError, RecursionError):
-        fields = {}
-    if status == 200 and not fields.get("error") and fields.keys() >= OF_EVERY_REPLY:
-        return fields
-    reason = str(fields.get("reason")).casefold()
-    if reason in ("reserved ip address", "invalid ip address"):
-        return "reserved_ip" if reason.startswith("reserved") else "invalid_ip"
-    if status == 404 and "reason" in fields:  # any other page that is not there speaks of a wrong IPAPI_URL
-        return "not_found"
-    if status in (401, 403, 429) or reason == "ratelimited":
-        waits = (seconds_in(retry_after), seconds_in(str(fields.get("wait"))), PAUSE_SECONDS)
-        wanted = next(wait for wait in waits if wait is not None)
-        why = "rate limited" if reason == "ratelimited" else f"HTTP {status}"
-        raise LookupFailed(why, min(max(wanted, 1.0), LONGEST_PAUSE))
-    raise LookupFailed(f"HTTP {status} without a location")
-
-
-def seconds_in(wait: Any) -> float | None:
-    """Read how long to wait, in seconds or until a date (RFC 9110, 10.2.3); None where it says nothing usable."""
-    with suppress(TypeError, ValueError, OverflowError):
-        if re.fullmatch(r"\s*[0-9]{1,9}(\.[0-9]+)?\s*", wait):
-            return float(wait)
-        return (parsedate_to_datetime(wait) - datetime.now(timezone.utc)).total_seconds()
-    return None
+def pause_in(*waits: object) -> float:
+    """Read how long to stay away: in seconds or until a date (RFC 9110, 10.2.3), from the first that says it."""
+    for said in waits:
+        with suppress(ValueError, OverflowError, urllib3.exceptions.HTTPError):
+            return max(1.0, Retry(retry_after_max=LONGEST_PAUSE).parse_retry_after(str(said)))
+    return PAUSE_SECONDS
 
 
 # --- Records: bytes in, bytes out -------------------------------------------------------------------------------
@@ -1401,7 +1333,7 @@ class Locations:
 
     def __init__(self, locate: Locate, settings: "Settings") -> None:
         self._on_failure = settings.on_lookup_failed
-        self._nowhere: Location = dict.fromkeys(field.partition("=")[0] for field in split_names(settings.fields))
+        self._nowhere = unknown_location(settings.fields)
         countries = [field for field in ("country_code", "country_name") if field in self._nowhere]
         self._country = countries[0] if countries and settings.metrics_port else None
         self._told = set[str]()
@@ -1824,7 +1756,7 @@ def open_locations(settings: Settings) -> tuple[Locations, Databases | None]:
     """Open what the settings choose to locate with."""
     if settings.geoip_database:
         databases = Databases(settings)
-        return Locations(databases.locate(), settings), databases
+        return Locations(databases.locate, settings), databases
     log.info("locating with %s, which is told the addresses", settings.ipapi_url)
     return Locations(HttpApi(settings).locate, settings), None
 

@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import logging
-import os
 import tarfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,7 +31,7 @@ def opened(*paths: str, **environment: str) -> Databases:
 
 
 def found(path: str, address: str = "8.8.8.8", public: bool = True, **environment: str) -> Location:
-    return opened(path, **environment).locate()(address, public)
+    return opened(path, **environment).locate(address, public)
 
 
 def names(english: str) -> dict[str, Any]:
@@ -60,7 +59,6 @@ def refusal(path: Path | str, **environment: str) -> str:
         ),
         ({"city": names("Singapore"), "country": names("Singapore")}, ("Singapore", None, "Singapore")),
         ({"country": names("Bhutan")}, (None, None, "Bhutan")),
-        ({"city": {"names": {"de": "Köln"}}, "country": names("Germany")}, ("Köln", None, "Germany")),
         ({"city": names("X"), "subdivisions": [], "country": {"iso_code": "DE"}}, ("X", None, "DE")),
         ({"registered_country": names("Germany")}, (None, None, "Germany")),
         ({"registered_country": {"iso_code": "DE"}}, (None, None, "DE")),
@@ -268,7 +266,7 @@ def test_each_field_comes_from_the_first_database_that_knows_it(tmp_path: Path) 
     own = write_database(tmp_path / "own.mmdb", {"8.8.8.0/28": {"city": "Here"}, "10.0.0.0/8": {"city": "Office"}})
     city = write_database(tmp_path / "city.mmdb", {"8.8.8.0/24": {**MAXMIND, "traits": {}}})
     system = write_database(tmp_path / "asn.mmdb", {"8.8.0.0/16": {"autonomous_system_number": 1}}, 4)
-    locate = opened(own, city, system, FIELDS="city,country_name,latitude,longitude,asn,network").locate()
+    locate = opened(own, city, system, FIELDS="city,country_name,latitude,longitude,asn,network").locate
     place = {"latitude": 52.5, "longitude": 13.4}
     germany = {"country_name": "Germany", **place, "asn": "AS1"}
     assert locate("8.8.8.8", True) == {"city": "Here", **germany, "network": "8.8.8.0/28"}
@@ -285,7 +283,7 @@ def test_both_ip_versions_in_two_files(tmp_path: Path) -> None:
     four = write_database(tmp_path / "4.mmdb", {"8.8.8.0/24": BERLIN}, 4)
     six = write_database(tmp_path / "6.mmdb", {"2001:4860::/32": BERLIN})
     for paths in ((four, six), (six, four)):
-        locate = opened(*paths).locate()
+        locate = opened(*paths).locate
         assert locate("8.8.8.8", True)["city"] == locate("2001:4860::1", True)["city"] == "Berlin"
 
 
@@ -313,8 +311,6 @@ def test_good_databases_are_not_refused(tmp_path: Path) -> None:
     assert found(whole)["city"] == "Berlin"
     late = {f"1.{number // 256}.{number % 256}.0/24": {"odd": number} for number in range(3000)}
     assert found(write_database(tmp_path / "late.mmdb", {**late, "8.8.8.0/24": BERLIN}))["city"] == "Berlin"
-    foreign = write_database(tmp_path / "foreign.mmdb", {"8.8.8.0/24": {"city": {"names": {"de": "Köln"}}}})
-    assert found(foreign)["city"] == "Köln"
     assert (
         found(write_database(tmp_path / "country.mmdb", {"8.8.8.0/24": {"country": GERMANY}}))["country_name"]
         == "Germany"
@@ -330,34 +326,31 @@ def test_large_database_whose_only_city_comes_late(tmp_path: Path, monkeypatch: 
     )
 
 
-def packed() -> dict[str, tuple[bytes, str]]:
+def packed() -> dict[str, bytes]:
     sample, archive = SAMPLE_DATABASE.read_bytes(), io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         tar.addfile(tarfile.TarInfo("city.mmdb"))
     return {
-        "empty": (b"", "is no MaxMind database"),
-        "text": (b"no database", "is no MaxMind database"),
-        "cut off": (sample[:-200], "is no MaxMind database"),
-        "gzip": (gzip.compress(sample), "is compressed: gunzip it"),
-        "tar": (archive.getvalue(), "is a tar archive: unpack it"),
-        "zip": (b"PK\x03\x04" + sample, "is a zip archive: unpack it"),
-        "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer: git lfs pull"),
+        "empty": b"",
+        "text": b"no database",
+        "cut off": sample[:-200],
+        "gzip": gzip.compress(sample),
+        "tar": archive.getvalue(),
+        "zip": b"PK\x03\x04" + sample,
+        "pointer": b"version https://git-lfs.github.com/spec/v1\n",
     }
 
 
 @pytest.mark.parametrize("kind", packed())
-def test_file_that_is_no_database_is_told_what_it_is(tmp_path: Path, kind: str) -> None:
-    content, what = packed()[kind]
+def test_file_that_is_no_database(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "city.mmdb"
-    path.write_bytes(content)
-    assert what in refusal(path)
+    path.write_bytes(packed()[kind])
+    assert refusal(path).endswith(" is no MaxMind database, or has to be unpacked")
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.mmdb")
-    for path in (tmp_path, tmp_path / "pipe.mmdb"):
-        assert "is no file: name the .mmdb file" in refusal(path)
-    assert "is not there" in refusal(tmp_path / "missing.mmdb")
+    assert refusal(tmp_path).endswith(" cannot be read: Is a directory")
+    assert refusal(tmp_path / "missing.mmdb").endswith(" cannot be read: No such file or directory")
 
 
 @pytest.mark.parametrize("record", [{"autonomous_system_number": 1}, {"isp": "x"}, "DE", [1]])
@@ -368,7 +361,7 @@ def test_database_with_none_of_the_fields(tmp_path: Path, record: Any) -> None:
 
 def test_one_of_several_is_refused(tmp_path: Path) -> None:
     city = write_database(tmp_path / "city.mmdb", {"8.8.8.0/24": BERLIN})
-    with pytest.raises(SettingsError, match=r"^GEOIP_DATABASE: /no/such\.mmdb is not there$"):
+    with pytest.raises(SettingsError, match=r"^GEOIP_DATABASE: /no/such\.mmdb cannot be read: No such file"):
         opened(city, "/no/such.mmdb")
 
 
@@ -384,7 +377,7 @@ def test_damaged_database_is_refused_or_fails_address_by_address(tmp_path: Path,
     pointing.write_bytes(whole[:place] + b"\x3f\xff\xff\xff" * 20 + whole[place + 80 :])
     for path in (zeroed, pointing):
         try:
-            locate = opened(str(path)).locate()
+            locate = opened(str(path)).locate
         except SettingsError:
             continue
         for address in ("186.58.0.1", "9.9.9.9", "2001:1b68::1", "1.1.1.1"):
@@ -396,7 +389,7 @@ def test_record_damaged_behind_those_read_at_the_start(tmp_path: Path) -> None:
     path = tmp_path / "city.mmdb"
     write_database(path, {"8.8.8.0/24": BERLIN, "9.9.9.0/24": {**BERLIN, "region": "damaged"}})
     path.write_bytes(path.read_bytes().replace(b"damaged", b"\xff\xff\xff\xff\xff\xff\xff"))
-    locate = opened(str(path)).locate()
+    locate = opened(str(path)).locate
     assert locate("8.8.8.8", True)["city"] == "Berlin"
     with pytest.raises(LookupFailed):
         locate("9.9.9.9", True)
@@ -460,12 +453,10 @@ def test_database_is_swapped(tmp_path: Path, change: Callable[[Path, str], None]
     else:
         city(path, "First")
     databases = opened(str(path))
-    before = databases.locate()
     assert looks(databases) == [False, False, False]
     change(path, "Second")
     assert looks(databases) == [False, True, False]  # the first look only sees that it is another one
-    assert databases.locate()("8.8.8.8", True) == {"city": "Second", "region": None, "country_name": None}
-    assert before("8.8.8.8", True)["city"] == "First"
+    assert databases.locate("8.8.8.8", True) == {"city": "Second", "region": None, "country_name": None}
     assert (databases.swaps, databases.refusals) == (1, 0)
 
 
@@ -487,14 +478,14 @@ def test_what_cannot_be_used_is_refused_once_and_the_old_one_stays(
     assert looks(databases) == [False, False, False]
     assert (databases.swaps, databases.refusals) == (0, 1)
     [line] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert line.startswith(f"{path}")
+    assert line.startswith(f"GEOIP_DATABASE: {path}")
     assert line.endswith(f"the one of {databases.in_use[0].built.date()} stays in use")
-    assert databases.locate()("8.8.8.8", True)["city"] == "First"
+    assert databases.locate("8.8.8.8", True)["city"] == "First"
     if broken == "a folder":
         path.rmdir()
     by_rename(path, "Second")
     assert looks(databases) == [False, True, False]
-    assert databases.locate()("8.8.8.8", True)["city"] == "Second"
+    assert databases.locate("8.8.8.8", True)["city"] == "Second"
 
 
 def test_file_that_is_being_written_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -520,8 +511,8 @@ def test_back_to_the_old_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         path.rename(tmp_path / "kept")
         assert looks(databases) == [False, False, False]
         (tmp_path / "kept").rename(path)
-        assert looks(databases) == [False, False, False]
-    assert (databases.swaps, databases.refusals) == (0, 2)
+        assert looks(databases) == [False, True, False]
+    assert (databases.swaps, databases.refusals) == (2, 2)
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 2
 
 
@@ -533,5 +524,5 @@ def test_several_are_swapped_together(tmp_path: Path) -> None:
     write_database(one, {"8.8.8.0/24": {"city": "Second"}})
     write_database(two, {"8.8.8.0/24": {"region": "Second"}})
     assert looks(databases) == [False, True, False]
-    assert list(databases.locate()("8.8.8.8", True).values()) == ["Second", "Second", None]
+    assert list(databases.locate("8.8.8.8", True).values()) == ["Second", "Second", None]
     assert databases.swaps == 2

@@ -29,7 +29,7 @@ from kafka_enrich import (
     read_settings,
 )
 
-LOCATE = Databases(read_settings({"GEOIP_DATABASE": str(SAMPLE_DATABASE)})).locate()
+LOCATE = Databases(read_settings({"GEOIP_DATABASE": str(SAMPLE_DATABASE)})).locate
 ARGENTINA = {"city": "Buenos Aires (San Telmo)", "region": "Buenos Aires F.D.", "country_name": "Argentina"}
 TURKEY = {"city": "Ankara", "region": "Ankara", "country_name": "Türkiye"}
 NOWHERE = {"city": None, "region": None, "country_name": None}
