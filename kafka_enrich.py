@@ -1483,7 +1483,7 @@ def event_reader(paths: list[list[str]], taken: list[str]) -> Callable[[bytes], 
             found = decode(body)
         except (ValueError, RecursionError):
             found = decode_all(body)
-        if found is None:
+        if not isinstance(found, dict):
             return "invalid_record"
         if any(name in found for name in taken):
             return "field_exists"
@@ -1505,22 +1505,18 @@ def event_type(paths: list[list[str]]) -> Any:
     return make("Event", fields, total=False)
 
 
-def decode_all(body: bytes) -> dict[str, object] | None:
-    """Decode an event that is not as event_type has it, or that msgspec cannot read; None where it is no object."""
-    try:  # float takes integers of any length, and int takes no NaN
-        found = json.loads(body.decode("utf-8", "surrogateescape"), parse_int=float, parse_constant=int)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+def decode_all(body: bytes) -> object:
+    """Decode what is not as event_type has it, or what msgspec cannot read; None where it is no JSON."""
+    with suppress(ValueError, RecursionError):  # float takes integers of any length, and int takes no NaN
+        return json.loads(body.decode("utf-8", "surrogateescape"), parse_int=float, parse_constant=int)
+    return None
 
 
 def address_in(field: object) -> str:
     """Read a field: a text, or an array of them; "" where it is empty, and what is no address of all else."""
-    if isinstance(field, str):
-        return field.strip()
     if isinstance(field, list):
         return ",".join(item if isinstance(item, str) else "?" for item in field if item not in (None, ""))
-    return "" if field is None else "?"
+    return field.strip() if isinstance(field, str) else "" if field is None else "?"
 
 
 # --- Counts and metrics -----------------------------------------------------------------------------------------
