@@ -922,6 +922,7 @@ RESERVED_6 = """
     ::/3 2001::/23 2001:1::1/128 2001:1::2/128 2001:1::3/128 2001:3::/32 2001:4:112::/48 2001:20::/28 2001:30::/28
     2001:db8::/32 3fff::/20 4000::/2 8000::/1
 """
+# Of addresses of which no other byte matters: all blocks but the last lie within one first byte.
 PUBLIC_FIRST_BYTES = {*range(224)} - {int(block.partition(".")[0]) for block in RESERVED_4.split()}
 # Where an IPv4 address stands in an IPv6 address: mapped (RFC 4291), NAT64 (RFC 6052), 6to4 (RFC 3056).
 EMBEDDED = ((bytes(10) + b"\xff\xff", 12), (bytes.fromhex("0064ff9b") + bytes(8), 12), (bytes.fromhex("2002"), 2))
@@ -1115,11 +1116,11 @@ class Database:
         self.path, self._read = path, read_location
         self.mark = self.seen = mark_of(path)  # of the file that was opened or refused last, and at the last look
         try:
-            reader = open_copy(path)
-            self._get, metadata = reader.get_with_prefix_len, reader.metadata()
+            self._reader = open_copy(path)
+            metadata = self._reader.metadata()
             self.kind, self._version = metadata.database_type, metadata.ip_version
             self.built = datetime.fromtimestamp(metadata.build_epoch, timezone.utc)
-            usable = any(self.find(address, nowhere) != nowhere for address in sample(reader))
+            usable = any(self.find(address, nowhere) != nowhere for address in sample(self._reader))
         except OSError as error:
             raise SettingsError(f"GEOIP_DATABASE: {path} cannot be read: {error.strerror}") from None
         except (ValueError, OverflowError, maxminddb.InvalidDatabaseError, LookupFailed):
@@ -1132,10 +1133,10 @@ class Database:
 
     def find(self, address: str, known: Location) -> Location:
         """Find what the database adds to what is known of an address."""
-        if self._version == 4 and ":" in address:
+        if ":" in address and self._version == 4:
             return known
         try:
-            record, length = self._get(address)
+            record = self._reader.get(address)
         except (ValueError, maxminddb.InvalidDatabaseError):  # the file is damaged at this record
             raise LookupFailed(f"{self.path} is damaged at {address}") from None
         if record is None:
@@ -1143,6 +1144,7 @@ class Database:
         location = self._read(record, known)
         # A record that tells nothing else has no network to tell either, unless that is all that is wanted.
         if location.get("network", "") is None and (location != known or len(known) == 1):
+            _, length = self._reader.get_with_prefix_len(address)
             location["network"] = str(ipaddress.ip_network((address, length), strict=False))
         return location
 
@@ -1193,10 +1195,7 @@ class Databases:
         return location
 
     def look(self) -> bool:
-        """Look at the files once, and use those that are others now and not being written; tell whether any is.
-
-        A file that cannot be used is refused with one warning, and the database that was in its place stays.
-        """
+        """Use files that are new and not being written, or refuse each with one warning; tell whether any is used."""
         newest = self.in_use.copy()
         for number, database in enumerate(self.in_use):
             mark = mark_of(database.path)
@@ -1514,9 +1513,11 @@ def decode_all(body: bytes) -> object:
 
 def address_in(field: object) -> str:
     """Read a field: a text, or an array of them; "" where it is empty, and what is no address of all else."""
+    if isinstance(field, str):
+        return field.strip()
     if isinstance(field, list):
         return ",".join(item if isinstance(item, str) else "?" for item in field if item not in (None, ""))
-    return field.strip() if isinstance(field, str) else "" if field is None else "?"
+    return "" if field is None else "?"
 
 
 # --- Counts and metrics -----------------------------------------------------------------------------------------
