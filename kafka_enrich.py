@@ -903,6 +903,8 @@ def doubtful_names(env: Mapping[str, str]) -> list[str]:
 
 # --- Addresses --------------------------------------------------------------------------------------------------
 
+Address = tuple[str, str, bool]  # as it stands, but for a port; in the form that sources know; whether it is public
+
 
 class NotLocated(Exception):
     """An address has no location: invalid_ip, reserved_ip (nobody's on the public Internet), or not_found."""
@@ -939,13 +941,8 @@ def edges(blocks: str) -> list[int]:
 EDGES = {4: edges(RESERVED_4), 16: edges(RESERVED_6)}  # by the number of bytes of an address
 
 
-def find_address(text: str) -> tuple[str, str, bool]:
-    """Find the address that counts in a text: its first public one from the left, or else its first one.
-
-    Returns:
-        the address as it stands there, without its port; the one form in which every source is asked for it, without
-        a zone, which says where a packet leaves and not where the address is; and whether it is public.
-    """
+def find_address(text: str) -> Address:
+    """Find the address that counts in a text: its first public one from the left, or else its first one."""
     try:
         if socket.inet_pton(socket.AF_INET, text)[0] in PUBLIC_FIRST_BYTES:  # as nearly all are
             return text, text, True
@@ -965,12 +962,12 @@ def find_address(text: str) -> tuple[str, str, bool]:
     return first
 
 
-def parse_address(text: str) -> tuple[str, str, bool] | None:
-    """Read one address, as find_address has it; an IPv4 address inside an IPv6 address counts as that."""
+def parse_address(text: str) -> Address | None:
+    """Read one address; an IPv4 address inside an IPv6 address counts as that."""
     match = WRITTEN.fullmatch(text.strip(' \t\r\n"'))
     stood = match[match.lastindex or 0] if match else ""
     try:
-        if ":" in stood:
+        if ":" in stood:  # perhaps with a zone, which says where a packet leaves, and not where the address is
             packed = socket.inet_pton(socket.AF_INET6, stood.partition("%")[0])
             for prefix, start in EMBEDDED:
                 if packed.startswith(prefix):
@@ -996,7 +993,7 @@ CODE = re.compile("([A-Z]{2}-)?[A-Z0-9]{1,3}")
 def as_text(value: object) -> str | None:
     """Read a text; placeholders say nothing."""
     found = value.strip() if isinstance(value, str) else ""
-    return found if found not in ("", "-", "ZZ") else None
+    return found if found not in {"", "-", "ZZ"} else None
 
 
 def as_code(value: object) -> str | None:
@@ -1072,9 +1069,8 @@ def location_reader(fields: str, language: str) -> ReadLocation:
         places += [(title, read, first, rest) for first, *rest in map(path_of, in_words)]
     pair = {"latitude", "longitude"} & unknown_location(fields).keys()
 
-    @functools.lru_cache(1_000)  # databases have some tens of these, and nearly all places are in none of them
-    def places_in(members: tuple[str, ...]) -> list[tuple[str, Read, str, list[str]]]:
-        return [place for place in places if place[2] in members]
+    # By the members of records: databases have some tens of these, and nearly all places are in none of them.
+    places_in = functools.lru_cache(1_000)(lambda members: [place for place in places if place[2] in members])
 
     def read_location(record: object, known: Location) -> Location:
         if not isinstance(record, dict):
@@ -1112,8 +1108,9 @@ SAMPLE = 100_000  # networks of a database that are searched for a field before 
 class Database:
     """A database that is open, and holds some of the fields that are wanted."""
 
-    def __init__(self, path: str, read_location: ReadLocation, nowhere: Location) -> None:
-        self.path, self._read = path, read_location
+    def __init__(self, path: str, settings: "Settings") -> None:
+        self.path, self._read = path, location_reader(settings.fields, settings.geoip_language)
+        nowhere = unknown_location(settings.fields)
         self.mark = self.seen = mark_of(path)  # of the file that was opened or refused last, and at the last look
         try:
             self._reader = open_copy(path)
@@ -1178,10 +1175,8 @@ class Databases:
     """The databases that are in use, and the files that they came from."""
 
     def __init__(self, settings: "Settings") -> None:
-        self._nowhere = unknown_location(settings.fields)
-        read_location = location_reader(settings.fields, settings.geoip_language)
-        self._open = functools.partial(Database, read_location=read_location, nowhere=self._nowhere)
-        self.in_use = [self._open(path) for path in split_names(settings.geoip_database)]
+        self._settings, self._nowhere = settings, unknown_location(settings.fields)
+        self.in_use = [Database(path, settings) for path in split_names(settings.geoip_database)]
         self.swaps = self.refusals = 0
 
     def locate(self, address: str, public: bool) -> Location:
@@ -1204,7 +1199,7 @@ class Databases:
                 continue
             database.mark = mark
             try:
-                newest[number] = self._open(database.path)
+                newest[number] = Database(database.path, self._settings)
                 self.swaps += 1
             except SettingsError as error:
                 self.refusals += 1
