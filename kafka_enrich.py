@@ -1258,7 +1258,7 @@ class HttpApi:
         reason = str(fields.get("reason"))
         if status in (401, 403, 429) or reason == "RateLimited":
             why = "rate limited" if reason == "RateLimited" else f"HTTP {status}"
-            raise self._failure(why, pause_in(retry_after, fields.get("wait")))
+            raise self._failure(why, retry_after, fields.get("wait"))
         located = status == 200 and not fields.get("error") and fields.keys() >= OF_EVERY_REPLY
         # A page that is not there, and does not give a reason, speaks of a wrong IPAPI_URL.
         if not located and reason not in FINAL_REASONS and not (status == 404 and "reason" in fields):
@@ -1279,12 +1279,11 @@ class HttpApi:
             fields = msgspec.json.decode(body, type=dict[str, Any])
         return response.status_code, response.headers.get("Retry-After"), fields
 
-    def _failure(self, why: str, pause: float = 0) -> LookupFailed:
-        """Count a failure, and leave the API alone for as long as it says, or where it fails again and again."""
+    def _failure(self, why: str, *waits: object) -> LookupFailed:
+        """Count a failure, and leave the API alone where it says for how long, or after several of them."""
         self._failures += 1
-        if self._failures >= FAILURES_IN_A_ROW:
-            pause = pause or PAUSE_SECONDS
-        if pause and time.monotonic() >= self._paused_until:
+        if (waits or self._failures >= FAILURES_IN_A_ROW) and time.monotonic() >= self._paused_until:
+            pause = pause_in(*waits)
             self._paused_until = time.monotonic() + pause
             log.warning("%s: %s; left alone for %.0f s", self._url, why, pause)
         return LookupFailed(why)
