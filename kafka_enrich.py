@@ -61,7 +61,7 @@ from datetime import datetime, timedelta, timezone
 from logging.handlers import BufferingHandler
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn, TypeAlias, TypedDict, TypeVar
+from typing import Annotated, Any, NoReturn, TypeAlias, TypedDict, TypeVar
 
 import bytewax.operators as op
 import maxminddb
@@ -204,7 +204,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         self.remaining: dict[int, range] | None = None  # of a bounded run: what the group has not committed
         self.total = 0  # records that remained at its start
         self.produced: dict[int, int] = {}  # by partition: the offset after the last record that was produced
-        self.began: dict[int, int] = {}  # by partition: what was committed when it came, or else its first offset
+        self.began: dict[int, int] = {}  # by partition: what was committed before the first commit of this run
         self.committed: dict[int, int] = {}
         self.pending: Counter[str] = Counter()  # results since the last commit
         self.counts = Counter[str]()  # results that are committed
@@ -544,11 +544,11 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
 
     def note_lag(self) -> None:
         """Note how many records of each partition are not committed, up to the ends that the last fetch has told."""
-        with suppress(KafkaException):  # it is asked again the next time
-            new = [part for part in self.consumer.assignment() if part.partition not in self.began]
-            for part in committed_offsets(self.consumer, new, ASK_SECONDS) if new else ():
-                low, _ = self.consumer.get_watermark_offsets(part, timeout=ASK_SECONDS)
-                self.began[part.partition] = max(part.offset, low)
+        new = [part for part in self.consumer.assignment() if part.partition not in self.began]
+        if new and self.waits_for_source:  # else the first commit tells soon, and a question may take half a second
+            with suppress(KafkaException):
+                for part in committed_offsets(self.consumer, new, ASK_SECONDS):
+                    self.began[part.partition] = max(part.offset, 0)
         for number, offset in {**self.began, **self.committed}.items():
             _, end = self.consumer.get_watermark_offsets(TopicPartition(self.input_topic, number), cached=True)
             self.lag[number] = max(0, end - offset)
@@ -705,6 +705,7 @@ def producer_properties(settings: "Settings", brokers: str, name: str) -> dict[s
     return {
         "message.max.bytes": 1_000_000_000,  # the topic's own limit decides
         "queue.buffering.max.kbytes": 262_144,  # what waits in memory for brokers
+        "linger.ms": 1,  # librdkafka's 5 are half of a record's way, and where there are many, batches fill anyway
         **settings.kafka_client,
         **settings.kafka_producer,
         "bootstrap.servers": brokers,
@@ -741,7 +742,7 @@ NOT = r"\"\\\x00-\x1f\ud800-\udfff,"  # in names of members; msgspec has none wi
 PATH = rf"/([^{NOT}~]|~[01])*|[^{NOT}./\s][^{NOT}.]*(\.[^{NOT}.]+)*"
 Topic = Annotated[str, like(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}", "a topic's name (1 to 249 of A-Z a-z 0-9 . _ -)")]
 Count = Annotated[int, Meta(ge=1, le=64, description="a whole number from 1 to 64")]
-Fields = Annotated[str, list_of(rf"[a-z_]+|[A-Za-z0-9_]+= *({PATH})", "names of fields, or name=path, comma separated")]
+Fields = Annotated[str, list_of(rf"[^,=]+|[A-Za-z0-9_]+= *({PATH})", "names of fields, or name=path, comma separated")]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -796,7 +797,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """Show what was set, and of secrets nothing: of properties only the names."""
         default, shown = Settings(), msgspec.structs.replace(self, ipapi_key="(set)" if self.ipapi_key else "")
         values = {
-            name.upper(): " ".join(value) if isinstance(value, dict) else value
+            name.upper(): " ".join(value) if isinstance(value, dict) else int(value) if value is True else value
             for name, value in msgspec.structs.asdict(shown).items()
             if value != getattr(default, name)
         }
@@ -827,11 +828,18 @@ def with_settings_file(env: Mapping[str, str], path: Path) -> dict[str, str]:
         found = dotenv_values(path, interpolate=False)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from None
-    values = {name: value for name, value in found.items() if value is not None}
-    for name in found:
-        if name not in values or not (name in NAMES or name in FORMER or name.startswith(PROPERTIES)):
-            raise SettingsError(f"{path}: {name!r} is no setting with a value")
-    return {**values, **env}
+    for name, value in found.items():
+        if value is None:
+            raise SettingsError(f"{path}: {name!r} has no value")
+        if not (name in NAMES or name in FORMER or name.startswith(PROPERTIES)):
+            raise SettingsError(f"{path}: {name!r} is no setting{meant(name)}")
+    return {**{name: value for name, value in found.items() if value is not None}, **env}
+
+
+def meant(name: str) -> str:
+    """Ask whether a setting is meant that has a similar name, if there is one."""
+    similar = difflib.get_close_matches(name, NAMES, 1, 0.85)
+    return f"; is {similar[0]} meant?" if similar else ""
 
 
 def read_settings(env: Mapping[str, str]) -> Settings:
@@ -873,14 +881,15 @@ def contradictions(settings: Settings) -> list[str]:
     """Find settings that do not go together, and say so in a line for each."""
     paths, members = split_names(settings.ip_field), split_names(settings.location_field)
     topics, processes = (settings.kafka_input_topic, settings.kafka_output_topic), settings.processes
-    names = split_names(settings.fields)
+    names, language = split_names(settings.fields), settings.geoip_language
     titles = [name.partition("=")[0] for name in names]
-    unknown = [name for name in names if "=" not in name and name not in FIELDS]
+    unknown = [name for name in titles if name in names and name not in (*FIELDS, "ip", "error")]
     unequal, read = settings.ip_field and len(paths) != len(members), {path_of(path)[0] for path in paths}
     rules = (
         ("fields", unknown, f"has {', '.join(unknown)}; known are {', '.join(FIELDS)}, or name=path"),
         ("fields", len(set(titles)) < len(titles), "has a name twice"),
         ("fields", {"ip", "error"} & set(titles), "has ip or error, names that the output has itself"),
+        ("geoip_language", language != "en" and not settings.geoip_database, "is of no use without GEOIP_DATABASE"),
         ("kafka_output_topic", topics[0] == topics[1], "is the input topic too"),
         ("kafka_error_topic", settings.kafka_error_topic in topics, "is the input or the output topic too"),
         ("location_field", len(set(members)) < len(members), "has a name twice"),
@@ -895,10 +904,8 @@ def contradictions(settings: Settings) -> list[str]:
 def doubtful_names(env: Mapping[str, str]) -> list[str]:
     """Find variables that look like a misspelt setting, or that were one, and say what to do."""
     lines = [f"{name} is ignored: {why}" for name, why in FORMER.items() if name in env]
-    for name in sorted(env.keys() - NAMES.keys() - FORMER.keys()):
-        similar = [] if name.startswith(PROPERTIES) else difflib.get_close_matches(name, NAMES, 1, 0.85)
-        lines += [f"{name} is no setting; is {similar[0]} meant?" for _ in similar]
-    return lines
+    others = sorted(name for name in env.keys() - NAMES.keys() - FORMER.keys() if not name.startswith(PROPERTIES))
+    return lines + [f"{name} is no setting{meant(name)}" for name in others if meant(name)]
 
 
 # --- Addresses --------------------------------------------------------------------------------------------------
@@ -1219,13 +1226,14 @@ def follow_files(databases: Databases, locations: "Locations") -> NoReturn:
 # --- Locations over HTTP ----------------------------------------------------------------------------------------
 
 LOOKUP_LIMIT = 4.0  # s for one address, retries included: a stop waits for it
-TRY_LIMIT = 1.5  # s without a byte
+CONNECT_LIMIT = 1.5  # s
 LARGEST_REPLY = 65_536  # bytes; a location takes about 800
 FAILURES_IN_A_ROW = 5  # before the API is left alone
 PAUSE_SECONDS, LONGEST_PAUSE = 60.0, 86_400
 OF_EVERY_REPLY = {"city", "region", "country_name"}
 FINAL_REASONS = {"Reserved IP Address": "reserved_ip", "Invalid IP Address": "invalid_ip"}
-RETRIES = Retry(2, backoff_factor=0.1, status_forcelist=range(500, 600), raise_on_status=False)
+# What was sent is not sent again before there is an answer, which may be slow, and may have a price.
+RETRIES = Retry(2, read=0, backoff_factor=0.1, status_forcelist=range(500, 600), raise_on_status=False)
 RETRIES.respect_retry_after_header = False  # a pause is for all addresses, and not slept here
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # its lines hold the URL, and that one the key
 
@@ -1272,7 +1280,9 @@ class HttpApi:
     def _ask(self, address: str) -> tuple[int, str | None, dict[str, Any]]:
         """Fetch a reply of bounded size: its status, its Retry-After header, and the members of its body."""
         url = f"{self._url}/{address}/json/"
-        with self._session.get(url, timeout=TRY_LIMIT, stream=True, allow_redirects=False) as response:
+        with self._session.get(
+            url, timeout=(CONNECT_LIMIT, LOOKUP_LIMIT), stream=True, allow_redirects=False
+        ) as response:
             body = response.raw.read(LARGEST_REPLY, decode_content=True)
         fields: dict[str, Any] = {}
         with suppress(ValueError, RecursionError):
@@ -1410,6 +1420,9 @@ class Locations:
                 raise RunError(
                     f"{ip} was not looked up: {failure}; a new start tries again (ON_LOOKUP_FAILED=stop)"
                 ) from None
+            if "lookup_failed" not in self._told:
+                self._told.add("lookup_failed")
+                log.warning("%s was not looked up: %s; more of them are only counted, as lookup_failed", ip, failure)
             return self._write(ip, self._nowhere, "lookup_failed"), "lookup_failed"
 
     def _look_up(self, locate: Locate, address: bytes | str) -> tuple[bytes, str]:
@@ -1688,9 +1701,11 @@ def check_kafka(settings: Settings) -> None:
     while not all(answer.done() for answer in found.values()):
         for client in clients:
             client.poll(0.02)  # each gives away what it logs only in its own poll
+    lines = [record.getMessage() for record in said.buffer]
+    failures = [(topic, failure) for topic, answer in found.items() if (failure := answer.exception())]
+    if failures:  # when brokers cannot be reached the same is said of each topic
+        raise RunError("\n".join(dict.fromkeys(why_not(settings, *failure, lines) for failure in failures)))
     for topic, answer in found.items():
-        if failure := answer.exception():
-            raise RunError(why_not(settings, topic, failure, [record.getMessage() for record in said.buffer]))
         allowed = answer.result().authorized_operations
         if allowed and not {topics[topic], AclOperation.ALL} & set(allowed):
             raise RunError(f"topic {topic!r} may not be used: no permission to {topics[topic].name}")
@@ -1712,14 +1727,27 @@ def connect(settings: Settings, logger: logging.Logger) -> tuple[Producer, Consu
             AdminClient(client, logger=logger),
         )
     except KafkaException as error:
-        raise SettingsError(f"a KAFKA_CLIENT_, _CONSUMER_ or _PRODUCER_ property: {reason_of(error)}") from None
+        raise SettingsError(f"{wrong_property(settings)}: {reason_of(error)}") from None
+
+
+def wrong_property(settings: Settings) -> str:
+    """Find the property that a client does not take by itself: librdkafka may call it by another name."""
+    for prefix, make in zip(PROPERTIES, (Producer, Consumer, Producer), strict=True):
+        for its, value in getattr(settings, prefix[:-1].lower()).items():
+            try:
+                make({its: value} if make is Producer else {its: value, "group.id": "-"}, logger=LIBRDKAFKA_LOG)
+            except KafkaException:
+                return f"{prefix}{its.replace('.', '_').upper()}"
+    return "KAFKA_CLIENT_*, KAFKA_CONSUMER_* and KAFKA_PRODUCER_* do not go together"
 
 
 def why_not(settings: Settings, topic: str, failure: BaseException, said: list[str]) -> str:
     """Say why a topic cannot be used: what librdkafka logs of its connections tells more than a time-out."""
     if code_of(failure) == KafkaError.UNKNOWN_TOPIC_OR_PART:
-        loader = "" if topic == settings.kafka_error_topic else ", or run: python load_data.py"
-        return f"topic {topic!r} does not exist; create it{loader}"
+        names = ("KAFKA_INPUT_TOPIC", "KAFKA_OUTPUT_TOPIC", "KAFKA_ERROR_TOPIC")
+        name = next(name for name in names if getattr(settings, name.lower()) == topic)
+        loader = ", or run: python load_data.py" if topic == getattr(Settings(), name.lower()) else ""
+        return f"topic {topic!r} ({name}) does not exist: create it{loader}"
     if code_of(failure) == KafkaError.TOPIC_AUTHORIZATION_FAILED:
         return f"topic {topic!r} may not be used: no permission to DESCRIBE"
     failures = [line.partition("]: ")[2] for line in said if line.startswith("FAIL")]

@@ -5,6 +5,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,6 +22,7 @@ from kafka.admin import OffsetSpec
 from kafka.producer.future import RecordMetadata
 from mmdb_writer import MMDBWriter
 from netaddr import IPSet
+from prometheus_client.parser import text_string_to_metric_families
 
 from kafka_server import KafkaServer, free_port
 
@@ -274,3 +277,24 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < give_up, "what the test waits for did not happen"
         time.sleep(0.05)
+
+
+def get(port: int, path: str = "/metrics") -> str:
+    """What a port serves; an empty text while nothing does."""
+    try:
+        with urllib.request.urlopen(f"http://localhost:{port}{path}", timeout=10) as response:
+            body: bytes = response.read()
+            return body.decode()
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
+    except urllib.error.URLError:
+        return ""
+
+
+def samples(port: int) -> dict[str, float]:
+    """Every sample, by its name and its labels' values."""
+    return {
+        " ".join([sample.name, *sample.labels.values()]): sample.value
+        for family in text_string_to_metric_families(get(port))
+        for sample in family.samples
+    }

@@ -162,9 +162,10 @@ def test_redirect_is_not_followed(api: Api) -> None:
     assert api.asked == ["/8.8.8.8/json/?key=s3cret"]
 
 
-def test_time_out_is_tried_again(api: Api) -> None:
-    api.reply = lambda _path: reply(MOUNTAIN_VIEW) if len(api.asked) == 2 else Reply(delay=2)
+def test_slow_answer_is_waited_for_and_not_asked_for_again(api: Api) -> None:
+    api.reply = lambda _path: reply(MOUNTAIN_VIEW)._replace(delay=2.5)
     assert make(api.url, "").locate("8.8.8.8", True) == LOCATION
+    assert len(api.asked) == 1
 
 
 class Trickling(socketserver.ThreadingTCPServer):

@@ -21,9 +21,21 @@ from confluent_kafka.admin import AdminClient
 from kafka import KafkaProducer
 
 import kafka_enrich
-from conftest import BROKER_SETTINGS, PROJECT, SAMPLE_DATABASE, Api, Ended, Program, Reply, Topics, ended, wait_until
+from conftest import (
+    BROKER_SETTINGS,
+    PROJECT,
+    SAMPLE_DATABASE,
+    Api,
+    Ended,
+    Program,
+    Reply,
+    Topics,
+    ended,
+    samples,
+    wait_until,
+)
 from harness import STOP_SECONDS, Reader
-from kafka_server import VERSION, KafkaServer
+from kafka_server import VERSION, KafkaServer, free_port
 from load_data import SAMPLE, rows
 
 DATABASE = {"GEOIP_DATABASE": str(SAMPLE_DATABASE)}
@@ -614,9 +626,10 @@ def test_http_api(kafka_enrich_program: Program, topics: Topics, api: Api) -> No
     enriched = kafka_enrich_program(**topics.environment(), IPAPI_URL=api.url, IPAPI_KEY="s3cret", LOG_LEVEL="DEBUG")
     assert enriched.exit_code == 0
     assert summary(located=2, reserved_ip=1, lookup_failed=2) in enriched.errors
+    assert enriched.errors.count("more of them are only counted, as lookup_failed") == 1
     assert api.asked == ["/8.8.8.8/json/?key=s3cret", "/9.9.9.9/json/?key=s3cret"]
     assert "s3cret" not in enriched.errors
-    assert enriched.errors.count("WARNING") == 1
+    assert enriched.errors.count("WARNING") == 2  # it is left alone, and the first one that was not looked up
     assert json.loads(topics.read()[0][1] or b"") == {"ip": "8.8.8.8", **json.loads(LOCATED)}
 
 
@@ -706,10 +719,13 @@ def test_unknown_argument_and_help(kafka_enrich_program: Program) -> None:
         ("KAFKA_CLIENT_NO_SUCH", "1", 'No such configuration property: "no.such"'),
         ("KAFKA_CONSUMER_SESSION_TIMEOUT_MS", "soon", 'Invalid value for configuration property "session.timeout.ms"'),
         ("KAFKA_PRODUCER_COMPRESSION_TYPE", "rar", 'Invalid value "rar" for configuration property'),
+        ("KAFKA_PRODUCER_LINGER_MS", "soon", 'Invalid value for configuration property "queue.buffering.max.ms"'),
     ],
 )
 def test_property_that_librdkafka_refuses(kafka_enrich_program: Program, name: str, value: str, says: str) -> None:
-    assert says in only_line(kafka_enrich_program(**{name: value}, **DATABASE), exit_code=2)
+    assert only_line(kafka_enrich_program(**{name: value}, **DATABASE), exit_code=2).startswith(
+        f"kafka_enrich.py: {name}: {says}"
+    )
 
 
 def test_session_time_out_that_the_broker_refuses(kafka_enrich_program: Program, topics: Topics) -> None:
@@ -749,7 +765,7 @@ def test_broker_away(kafka_enrich_program: Program) -> None:
 
 def test_missing_error_topic(kafka_enrich_program: Program, topics: Topics) -> None:
     error = only_line(kafka_enrich_program(**topics.environment(), **DATABASE, KAFKA_ERROR_TOPIC=topics.output + "-x"))
-    assert error.endswith(f"topic {topics.output + '-x'!r} does not exist; create it")
+    assert error.endswith(f"topic {topics.output + '-x'!r} (KAFKA_ERROR_TOPIC) does not exist: create it")
 
 
 @pytest.mark.parametrize("missing", ["input", "output"])
@@ -758,7 +774,7 @@ def test_missing_topic_is_not_created(kafka_enrich_program: Program, topic_names
     name = getattr(topic_names, missing)
     for processes in ("1", "2"):
         error = only_line(kafka_enrich_program(**topic_names.environment(), **DATABASE, PROCESSES=processes))
-        assert f"topic {name!r} does not exist; create it, or run: python load_data.py" in error
+        assert error.endswith(f"topic {name!r} (KAFKA_{missing.upper()}_TOPIC) does not exist: create it")
 
 
 @pytest.mark.parametrize(("version", "guarantee"), [("3.9.1", "at_least_once"), (VERSION, "exactly_once")])
@@ -767,12 +783,21 @@ def test_first_start_on_a_new_broker_and_stop_while_it_is_frozen(
 ) -> None:
     with KafkaServer(version=version, settings=BROKER_SETTINGS) as broker:
         environment = {"KAFKA_BROKERS": broker.address, **DATABASE, "DELIVERY_GUARANTEE": guarantee}
+        errors = kafka_enrich_program(**environment).errors
+        missing = [line.partition("topic ")[2] for line in errors.splitlines() if "does not exist" in line]
+        assert missing == [
+            "'ip_address_by_country' (KAFKA_INPUT_TOPIC) does not exist: create it, or run: python load_data.py",
+            "'ip_address_by_location' (KAFKA_OUTPUT_TOPIC) does not exist: create it, or run: python load_data.py",
+        ]
         assert load_data_program(str(SAMPLE), **environment).exit_code == 0
         assert counted(kafka_enrich_program(**environment)) == [154]
         topics = Topics(broker.address, "ip_address_by_country", "ip_address_by_location")
-        process = kafka_enrich_program.start(**{**environment, **TAIL, **EXACTLY_ONCE})
+        port = free_port()
+        process = kafka_enrich_program.start(**environment | TAIL | EXACTLY_ONCE, METRICS_PORT=str(port))
+        # The ends of all partitions are committed, and then the record is.
+        wait_until(lambda: [its for name, its in samples(port).items() if "_lag_records " in name] == 20 * [0])
         topics.write([(b"key", ADDRESS)])
-        wait_until(lambda: addresses(topics).total() == 155)
+        wait_until(lambda: sum(its for name, its in samples(port).items() if "_records_total " in name) == 1)
         broker.freeze()
         try:
             before = time.monotonic()

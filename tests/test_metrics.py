@@ -1,38 +1,26 @@
 """What METRICS_PORT serves: the numbers of the log."""
 
-import urllib.error
-import urllib.request
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
-from conftest import BROKER_SETTINGS, SAMPLE_DATABASE, Api, Program, Reply, Topics, ended, program, wait_until
+from conftest import (
+    BROKER_SETTINGS,
+    SAMPLE_DATABASE,
+    Api,
+    Program,
+    Reply,
+    Topics,
+    ended,
+    get,
+    program,
+    samples,
+    wait_until,
+)
 from kafka_server import KafkaServer, accepts_connections, free_port
 from test_kafka_enrich import shares
-
-
-def get(port: int, path: str = "/metrics") -> str:
-    """What a port serves; an empty text while nothing does."""
-    try:
-        with urllib.request.urlopen(f"http://localhost:{port}{path}", timeout=10) as response:
-            body: bytes = response.read()
-            return body.decode()
-    except urllib.error.HTTPError as error:
-        return error.read().decode()
-    except urllib.error.URLError:
-        return ""
-
-
-def samples(port: int) -> dict[str, float]:
-    """Every sample, by its name and its labels' values."""
-    return {
-        " ".join([sample.name, *sample.labels.values()]): sample.value
-        for family in text_string_to_metric_families(get(port))
-        for sample in family.samples
-    }
 
 
 def free_ports() -> int:

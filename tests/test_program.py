@@ -93,7 +93,7 @@ def test_check_says_what_there_is_and_starts_nothing(kafka_enrich_program: Progr
 def test_check_ends_as_a_start_would(kafka_enrich_program: Program, topic_names: Topics) -> None:
     checked = kafka_enrich_program("--check", **topic_names.environment(), **DATABASE)
     assert (checked.exit_code, checked.output) == (1, "")
-    assert f"topic '{topic_names.input}' does not exist" in checked.errors.splitlines()[-1]
+    assert f"topic '{topic_names.output}' (KAFKA_OUTPUT_TOPIC) does not exist" in checked.errors.splitlines()[-1]
 
 
 def test_bounded_run_on_a_terminal_shows_how_far_it_is(kafka_enrich_program: Program, topics: Topics) -> None:

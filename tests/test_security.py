@@ -19,10 +19,9 @@ from kafka import KafkaAdminClient
 from kafka.admin import ACL, ACLOperation, ACLPermissionType, ACLResourcePatternType, ResourcePattern, ResourceType
 
 import load_data
-from conftest import SAMPLE_DATABASE, Program, ended, wait_until
+from conftest import SAMPLE_DATABASE, Program, ended, samples, wait_until
 from kafka_server import VERSION, KafkaServer, free_port
 from load_data import SAMPLE
-from test_metrics import samples
 
 DATABASE = {"GEOIP_DATABASE": str(SAMPLE_DATABASE)}
 PASSWORD = f"s3cret-{uuid.uuid4().hex}"

@@ -64,7 +64,7 @@ BAD_VALUES = {
     "COMMIT_SECONDS": ["", "0", "0.01", "61", "1s", "nan", "inf"],
     "IP_FIELD": ["", " ", ".", "a.", ".a", "a..b", "a,", ",a", "a,.b", "/a~2", "/a/~", 'a"b', "a\\b", "a\n"],
     "LOCATION_FIELD": ["", " ", "a,", ",a", "a, ,b", 'a"b', "a\tb"],
-    "FIELDS": ["", "city,", "city;region", "risk=", "a b=c", "risk=a..b"],
+    "FIELDS": ["", "city,", "risk=", "a b=c", "risk=a..b"],
     "GEOIP_DATABASE": ["", "a.mmdb,", ",a.mmdb"],
     "GEOIP_LANGUAGE": ["", "EN", "english", "pt-br"],
     "IPAPI_URL": [
@@ -155,11 +155,14 @@ def test_one_topic_for_both_ends() -> None:
             {"FIELDS": "city,county,town"},
             "FIELDS='city,county,town' has county, town; known are city, region, region_code, ",
         ),
+        ({"FIELDS": "city;region"}, "FIELDS='city;region' has city;region; known are city, region, region_code, "),
+        ({"FIELDS": "ip"}, "FIELDS='ip' has ip or error, names that the output has itself"),
         ({"FIELDS": "city, city"}, "FIELDS='city, city' has a name twice"),
         (
             {"FIELDS": "city,error=traits.x"},
             "FIELDS='city,error=traits.x' has ip or error, names that the output has itself",
         ),
+        ({"GEOIP_LANGUAGE": "de"}, "GEOIP_LANGUAGE='de' is of no use without GEOIP_DATABASE"),
         ({"METRICS_PORT": "65535", "PROCESSES": "2"}, "METRICS_PORT=65535 is too high for 2 processes"),
     ],
 )
@@ -345,9 +348,9 @@ def test_settings_file_need_not_be_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"KAFKA_TAIL=1\n\nKAFAK_BROKERS=s3cret\n", "'KAFAK_BROKERS' is no setting"),
+        (b"KAFKA_TAIL=1\n\nKAFAK_BROKERS=s3cret\n", "'KAFAK_BROKERS' is no setting; is KAFKA_BROKERS meant?"),
         (b"HOME=/s3cret\n", "'HOME' is no setting"),
-        (b"IPAPI_KEY\n", "'IPAPI_KEY' is no setting with a value"),
+        (b"IPAPI_KEY\n", "'IPAPI_KEY' has no value"),
         (b"IPAPI_KEY=s3cret\xff\n", "cannot be read"),
     ],
 )
