@@ -1,12 +1,12 @@
 # /// script
 # requires-python = ">=3.10,<3.13"
-# dependencies = ["kafka-python==3.0.12", "tqdm==4.70.1"]
+# dependencies = ["kafka-python==3.0.12", "python-dotenv==1.2.4", "tqdm==4.70.1"]
 # ///
 """Load rows of ip,country into the Kafka topic that kafka_enrich.py reads: key = country, value = address.
 
 python load_data.py                 # the sample, misc/ip_address_w_country.txt
 python load_data.py my_rows.csv     # UTF-8 of your own; a row of an address alone becomes a record without a key
-From the environment it takes these, here with their defaults, and KAFKA_CLIENT_* for security, as in the README:
+From the environment or kafka_enrich.env it takes these, here with their defaults, and KAFKA_CLIENT_* for security:
   KAFKA_BROKERS       localhost:9092
   KAFKA_INPUT_TOPIC   ip_address_by_country
   KAFKA_OUTPUT_TOPIC  ip_address_by_location
@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
+from dotenv import dotenv_values
 from kafka import KafkaAdminClient, KafkaProducer
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 from tqdm import tqdm
@@ -180,8 +181,9 @@ def main() -> int:
     if not os.path.exists(options.file):
         parser.exit(2, f"load_data.py: {options.file}: there is no such file\n")
     try:
-        settings = read_settings(os.environ)
-    except ValueError as error:
+        found = dotenv_values(Path(__file__).with_name("kafka_enrich.env"), interpolate=False)
+        settings = read_settings({name: value for name, value in {**found, **os.environ}.items() if value is not None})
+    except (OSError, ValueError) as error:
         parser.exit(2, f"load_data.py: {error}\n")
     # kafka-python logs why there is no connection, and its exception does not tell; that becomes one line.
     kafka_log = logging.handlers.BufferingHandler(1_000)

@@ -91,6 +91,7 @@ def enrich_event(settings: dict[str, str]) -> bool:
             admin.create_topics({topic: {"num_partitions": 1}}, wait_for_metadata=True)
     with KafkaProducer(bootstrap_servers=brokers) as producer:
         producer.send(topics["KAFKA_INPUT_TOPIC"], EVENT, b"7").get(30)
+    print("$ export", *(f"{name}={topic}" for name, topic in topics.items()))
     run(f"IP_FIELD=ip GEOIP_DATABASE={SAMPLE_DATABASE} python kafka_enrich.py", {**settings, **topics})
     [(_, event)] = read(settings["KAFKA_BROKERS"], topics["KAFKA_OUTPUT_TOPIC"])
     print(f"an event, and what lies on topic {topics['KAFKA_OUTPUT_TOPIC']}:\n  {EVENT.decode()}\n  {event}")

@@ -232,6 +232,16 @@ def test_bad_setting_is_named(load_data_program: Program, name: str, value: str)
     assert ended.errors.count("\n") == 1
 
 
+def test_settings_file(load_data_program: Program, topic_names: Topics) -> None:
+    path = load_data_program.script.with_name("kafka_enrich.env")
+    lines = [f"{name}={value}\n" for name, value in topic_names.environment().items()]
+    path.write_text("".join(lines) + "GEOIP_DATABASE=city.mmdb\n")
+    assert load_data_program(str(SAMPLE)).exit_code == 0
+    assert topic_names.end_offset(topic_names.input) == len(list(rows(SAMPLE)))
+    path.write_bytes(b"KAFKA_BROKERS=\xff\n")
+    assert load_data_program(str(SAMPLE)).exit_code == 2
+
+
 def test_file_name_that_no_file_can_have(load_data_program: Program) -> None:
     ended = load_data_program("x" * 300)
     assert ended.exit_code == 2
