@@ -1395,18 +1395,15 @@ class Locations:
         texts = self._read(event)
         if isinstance(texts, str):
             return event, texts
-        members: list[bytes] = []
-        results = []
+        members, result = b"", ""
         for name, text in zip(self._names, texts, strict=True):
             if text:
-                member, result = self._find(text, remembered)
-                members += name, member
-                results.append(result)
-        if not results:
-            return event, "missing_ip"
+                member, its_result = self._find(text, remembered)
+                members += name + member
+                if not result or (its_result.startswith("located") and not result.startswith("located")):
+                    result = its_result
         brace = event.rindex(b"}")
-        enriched = b"".join((event[:brace], *members, event[brace:]))
-        return enriched, next((result for result in results if result.startswith("located")), results[0])
+        return (event[:brace] + members + event[brace:], result) if result else (event, "missing_ip")
 
     def _find(self, address: bytes | str, remembered: "Remembered") -> tuple[bytes, str]:
         """Find what goes out for an address, if it can be one from what is remembered; failures are not."""
@@ -1491,7 +1488,7 @@ def event_reader(paths: list[list[str]], taken: list[str]) -> Callable[[bytes], 
             found = decode_all(body)
         if not isinstance(found, dict):
             return "invalid_record"
-        if any(name in found for name in taken):
+        if not found.keys().isdisjoint(taken):
             return "field_exists"
         return [address_in(value_at(found, path)) for path in paths]
 
