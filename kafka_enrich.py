@@ -265,8 +265,6 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         if self.remaining == {}:  # the group has committed the end of every partition as it was at the start
             raise StopIteration
         records = [its for its in self.read() if (error := its.error()) is None or self.take_error(its, error)]
-        if records:
-            self.last_record = now
         self.under_way = len(records)
         return records
 
@@ -333,6 +331,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
                         self.producer.poll(0.1)
             self.produced.update({record.partition() or 0: (record.offset() or 0) + 1 for record, _ in items})
             self.pending.update([result for _, (_, result) in items])
+            self.last_record = time.monotonic() if items else self.last_record
             self.producer.poll(0)
         except KafkaException as error:  # the transaction has failed already, and all of it is done again
             report(record, error.args[0], Message(topic=topic))
@@ -1904,7 +1903,7 @@ def check(settings: Settings) -> None:
     for name in (topic, *settings.written):
         print(f"topic {name}: {len(found.topics[name].partitions)} partitions")
     lag = sum(map(len, remaining(asks, asks, topic).values()))
-    print(f"group {group}: {members or 'no'} members, lag {lag}")
+    print(f"group {group}: members {members}, lag {lag}")
     for database in databases.in_use if databases else ():
         print(f"database {database.path}: {database.kind} of {database.built.date()}")
     print(f"fields: {', '.join(split_names(settings.fields))}")

@@ -84,7 +84,7 @@ def test_check_says_what_there_is_and_starts_nothing(kafka_enrich_program: Progr
         f"brokers: {topics.address}/1",
         f"topic {topics.input}: 4 partitions",
         f"topic {topics.output}: 4 partitions",
-        f"group {topics.input}-to-{topics.output}: no members, lag 5",
+        f"group {topics.input}-to-{topics.output}: members 0, lag 5",
         f"database {SAMPLE_DATABASE}: Sample-City of 2026-11-23",
         "fields: city, asn",
     ]
