@@ -144,6 +144,7 @@ class KafkaOutputConfig(DynamicSink[Enriched]):
 IDLE_SECONDS = 0.05  # how long a worker waits for a record before it looks at its clock
 ASK_SECONDS = 0.5  # how often a bounded run asks what the group has committed
 RETRY_SECONDS = 0.5
+LAG_SECONDS = 2.0  # without a commit, after which the group is asked where it stands
 TRANSACTION_SECONDS = 15  # after a kill readers of committed records wait so long, so it is near the session's time-out
 COMMIT_LIMIT = 30.0  # s; what takes longer is done again with a new producer
 LEAVE_LIMIT = 1.5  # s; in the midst of a rebalance it can take longer, and the session times out anyway
@@ -198,8 +199,8 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         self.in_group = False
         self.moved = False  # whether partitions came or went
         self.under_way = 0  # records that were read and are not written
-        self.unread: dict[int, int] = {}  # by partition: the first record that waits for the source of locations
-        self.waits_for_source = False
+        self.unread: dict[int, int] = {}  # by partition: the first record to be read again
+        self.waiting: dict[int, tuple[int, float]] = {}  # which record waits for the source of locations, since when
         self.ends: dict[int, int] = {}  # by partition: the offset after its last record, when there is no next one
         self.remaining: dict[int, range] | None = None  # of a bounded run: what the group has not committed
         self.total = 0  # records that remained at its start
@@ -245,9 +246,10 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             self.read_again()
         for partition, end in self.ends.items():
             self.produced[partition] = max(end, self.produced.get(partition, 0))
+        self.pass_by(self.ends)
         self.ends.clear()
         if self.stop.is_set():  # exactly once, what is not committed is aborted, and whoever reads on does it again
-            while not self.commit() and not self.settings.exactly_once:
+            while not (self.commit() or self.broken or self.settings.exactly_once):
                 self.consumer.poll(0.1)  # a rebalance that is under way has to end before a commit
             raise StopIteration
         if self.refused:
@@ -340,15 +342,21 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         """Leave out of a batch what begins with a look-up that failed, to be read again; say so once."""
         # Where the engine has cut a batch in two, what follows in the second part may not get past the first.
         answered = [] if self.unread else list(itertools.takewhile(lambda item: item[1][1] != WAITS, items))
+        waited, now = bool(self.waiting), time.monotonic()
+        self.pass_by({record.partition() or 0: (record.offset() or 0) + 1 for record, _ in answered})
         for record, (why, _) in items[len(answered) :]:
-            if not self.waits_for_source:
-                self.waits_for_source = True
+            partition, offset = record.partition() or 0, record.offset() or 0
+            if not waited and not self.waiting:
                 log.warning("worker %s waits for the source of locations: %s", self.name, (why or b"").decode())
-            self.unread.setdefault(record.partition() or 0, record.offset() or 0)
-        if answered and self.waits_for_source and not self.unread:
-            self.waits_for_source = False
+            self.unread.setdefault(partition, offset)
+            self.waiting.setdefault(partition, (offset, now))
+        if waited and not self.waiting:
             log.info("worker %s: the source of locations answers again", self.name)
         return answered
+
+    def pass_by(self, offsets: Mapping[int, float]) -> None:
+        """Let no record wait in partitions that have come as far as these offsets."""
+        self.waiting = {number: its for number, its in self.waiting.items() if its[0] >= offsets.get(number, 0)}
 
     def read_again(self) -> None:
         """Go back to the records that wait for the source of locations, and wait a moment."""
@@ -376,8 +384,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         if self.broken:
             return False
         if not offsets:
-            if not (self.trouble or self.waits_for_source):
-                self.up_to_date = time.monotonic()
+            self.up_to_date = self.up_to_date if self.trouble else time.monotonic()
             return True
         began = time.monotonic()
         try:
@@ -519,6 +526,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         """Forget how far partitions have come that belong to others now."""
         self.moved = True
         self.rebalances += 1
+        self.pass_by({part.partition: math.inf for part in partitions})
         for part in partitions:
             for known in (self.produced, self.began, self.committed, self.lag):
                 known.pop(part.partition, None)
@@ -543,8 +551,9 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
 
     def note_lag(self) -> None:
         """Note how many records of each partition are not committed, up to the ends that the last fetch has told."""
-        new = [part for part in self.consumer.assignment() if part.partition not in self.began]
-        if new and self.waits_for_source:  # else the first commit tells soon, and a question may take half a second
+        known = {**self.began, **self.committed}
+        new = [part for part in self.consumer.assignment() if part.partition not in known]
+        if new and time.monotonic() - self.last_commit > LAG_SECONDS:  # a question may take half a second
             with suppress(KafkaException):
                 for part in committed_offsets(self.consumer, new, ASK_SECONDS):
                     self.began[part.partition] = max(part.offset, 0)
@@ -573,11 +582,14 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
 
     def why_unwell(self) -> str | None:
         """Say why it has not got on for a minute; None where all is well."""
-        waiting = time.monotonic() - self.up_to_date
+        now = time.monotonic()
+        if now - min((since for _, since in self.waiting.values()), default=now) > UNWELL_SECONDS:
+            return f"worker {self.name} waits for the source of locations"
+        waiting = now - self.up_to_date
         if waiting <= UNWELL_SECONDS + self.settings.seconds_between_commits:
             return None
         why = f"waits for Kafka: {self.trouble}" if self.trouble else f"has committed nothing for {waiting:.0f} s"
-        return f"worker {self.name} {'waits for the source of locations' if self.waits_for_source else why}"
+        return f"worker {self.name} {why}"
 
     def close(self) -> None:
         """Leave the group, whose other members would wait for the session's time-out, which they do if it fails."""
@@ -585,7 +597,13 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         if self.in_group:
             self.in_group = False  # a second call of close would take the consumer away from under the first
             with suppress(KafkaException, TimeoutError, RuntimeError):
-                within(LEAVE_LIMIT, self.consumer.close)
+                within(LEAVE_LIMIT, self.leave)
+
+    def leave(self) -> None:
+        """Leave the group with or without partitions: close by itself says nothing where there are none."""
+        if not self.consumer.assignment():
+            self.consumer.unsubscribe()
+        self.consumer.close()
 
 
 def remaining(consumer: Consumer, asks: Consumer, topic: str) -> dict[int, range]:
@@ -1664,9 +1682,10 @@ STOP_SECONDS = 8.0  # after a signal; containers often give ten
 
 
 class Stop(threading.Event):
-    """What Ctrl-C and SIGTERM set: the exit code is then theirs, and seconds later the process ends in any case."""
+    """What Ctrl-C and SIGTERM set; before anything is under way, and some seconds later, the process ends at once."""
 
     exit_code = 0
+    under_way = False
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -1675,8 +1694,10 @@ class Stop(threading.Event):
             signal.signal(signum, self._take)
 
     def _take(self, signum: int, _frame: FrameType | None) -> None:
-        if not self.is_set():
-            self.exit_code = 0 if self._tail else 128 + signum
+        if not self.under_way:
+            leave(0 if self._tail else 128 + signum)
+        if not self.exit_code:  # another one in the midst of set would wait for ever for its lock
+            self.exit_code = 128 + signum
             self.set()
             threading.Timer(STOP_SECONDS, self._leave).start()
 
@@ -1776,17 +1797,21 @@ def open_locations(settings: Settings) -> tuple[Locations, Databases | None]:
     return Locations(HttpApi(settings).locate, settings), None
 
 
-def enrich(settings: Settings) -> int:
+def enrich(settings: Settings, stop: Stop) -> int:
     """Check what can be checked before the start, run, and return the exit code."""
     log.info("%s", settings)
-    stop, copy = Stop(settings), f"{socket.gethostname()}-{free_slot(settings.group)}"
+    copy = f"{socket.gethostname()}-{free_slot(settings.group)}"
     run = functools.partial(run_process, settings, copy, stop, *open_locations(settings))
     if settings.processes == 1:
         check_kafka(settings)
-        return run(0)
-    # No client of librdkafka outlives a fork, so that the check has a process of its own.
-    failed = run_processes([functools.partial(check_kafka, settings)], stop)
-    return failed or run_processes([functools.partial(run, number) for number in range(settings.processes)], stop)
+        stop.under_way = True
+        exit_code = run(0)
+    else:  # no client of librdkafka outlives a fork, so that the check has a process of its own
+        exit_code = run_processes([functools.partial(check_kafka, settings)], stop)
+        stop.under_way = True
+        each = [functools.partial(run, number) for number in range(settings.processes)]
+        exit_code = exit_code or run_processes(each, stop)
+    return 0 if settings.kafka_tail and exit_code == stop.exit_code else exit_code
 
 
 def run_process(
@@ -1834,24 +1859,27 @@ def free_slot(group: str) -> int:
 def run_processes(runs: Sequence[Callable[[], int | None]], stop: Stop) -> int:
     """Run each in a process of its own, end them all with the first that fails, and return the exit code."""
     running, parent, failed = dict[int, int](), os.getpid(), 0
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # some shells let it be ignored, and then there are no exit codes
     for number, run in enumerate([] if stop.is_set() else runs):
         if not (pid := os.fork()):
             threading.Thread(target=follow, args=[parent], daemon=True).start()
             leave(stop.exit_code if stop.is_set() else exit_code_of(run))
         running[pid] = number
     while running:
-        for pid in running if failed or stop.is_set() else ():
-            os.kill(pid, signal.SIGTERM)
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if not pid:
-            time.sleep(0.1)
-            continue
-        number, exit_code = running.pop(pid), os.waitstatus_to_exitcode(status)
-        if exit_code in (1, 2):  # it has said why
-            failed = failed or exit_code
-        elif exit_code and not stop.is_set() and not failed:
-            failed = 1
-            log.error("process %d of %d ended with %d", number, len(runs), exit_code)
+        time.sleep(0.05)
+        for pid, number in list(running.items()):
+            if failed or stop.is_set():
+                os.kill(pid, signal.SIGTERM)
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if not ended:
+                continue
+            del running[pid]
+            exit_code = os.waitstatus_to_exitcode(status)
+            if exit_code in (1, 2):  # it has said why
+                failed = failed or exit_code
+            elif exit_code and not stop.is_set() and not failed:
+                failed = 1
+                log.error("process %d of %d ended with %d", number, len(runs), exit_code)
     return failed or stop.exit_code
 
 
@@ -1885,7 +1913,7 @@ def exit_code_of(run: Callable[[], int | None]) -> int:
 def leave(exit_code: int) -> NoReturn:
     """End the process without waiting for librdkafka's clients, whose end can hang when all is committed and said."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError):
+        with suppress(AttributeError, OSError, RuntimeError, ValueError):  # closed, gone, full, or being flushed
             stream.flush()
     os._exit(exit_code)
 
@@ -1912,13 +1940,17 @@ def check(settings: Settings) -> None:
 def try_out(settings: Settings, values: Iterable[bytes]) -> None:
     """Print what records with these values become; nothing is asked of Kafka."""
     locations, _ = open_locations(settings)
-    with suppress(BrokenPipeError):  # nobody reads it any more, as in `| head`
-        for number, value in enumerate(values):
-            record = Message(topic="values", partition=0, offset=number, value=value.rstrip(b"\r\n"))
-            while (answer := locations.get_location(record)[1])[1] == WAITS:
-                time.sleep(RETRY_SECONDS)
+    for number, value in enumerate(values):
+        record = Message(topic="values", partition=0, offset=number, value=value.rstrip(b"\r\n"))
+        while (answer := locations.get_location(record)[1])[1] == WAITS:
+            time.sleep(RETRY_SECONDS)
+        try:
             sys.stdout.buffer.write((answer[0] or b"") + b"\n")
             sys.stdout.flush()
+        except BrokenPipeError:  # nobody reads it any more, as in `| head`
+            return
+        except OSError as error:
+            raise RunError(f"standard output cannot be written: {error.strerror}") from None
 
 
 def main() -> int:
@@ -1941,12 +1973,13 @@ def main() -> int:
     LIBRDKAFKA_LOG.setLevel(logging.DEBUG if settings.log_level == "DEBUG" else logging.CRITICAL)
     for line in doubtful_names(environment):
         log.warning("%s", line)
+    stop = Stop(settings)
     if arguments.check:
         check(settings)
     elif arguments.values:
         try_out(settings, sys.stdin.buffer if arguments.values == [b"-"] else arguments.values)
     else:
-        return enrich(settings)
+        return enrich(settings, stop)
     return 0
 
 

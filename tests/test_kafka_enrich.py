@@ -603,6 +603,68 @@ def test_process_that_dies_ends_all(kafka_enrich_program: Program, topics: Topic
     wait_until(lambda: gone(started), STOP_SECONDS)
 
 
+def test_processes_end_with_one_that_is_stopped(kafka_enrich_program: Program, topics: Topics) -> None:
+    process = kafka_enrich_program.start(**topics.environment(), **DATABASE, **TAIL, PROCESSES="2")
+    wait_until(lambda: shares(topics) == [2, 2])
+    os.kill(children(process)[0], signal.SIGTERM)
+    stopped = ended(process)
+    assert stopped.exit_code == 1
+    assert "ERROR process 0 of 2 ended with 143" in stopped.errors
+
+
+@pytest.mark.parametrize("shell", ["sleep 0.2 &", "trap '' CHLD;", "exec >&-;", "exec 2>&-;"])
+def test_processes_whatever_the_shell_has_left(kafka_enrich_program: Program, topics: Topics, shell: str) -> None:
+    topics.write(records(100))
+    started = subprocess.run(
+        ["bash", "-c", f"{shell} exec {shlex.quote(sys.executable)} {shlex.quote(str(kafka_enrich_program.script))}"],
+        env={"PATH": os.environ["PATH"], **topics.environment(), **DATABASE, "PROCESSES": "2"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (started.returncode, "Traceback" in started.stderr) == (0, False), started.stderr
+    assert topics.end_offset() == 100
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_signal_ends_a_start_that_waits_for_kafka(kafka_enrich_program: Program, processes: str) -> None:
+    with socket.create_server(("localhost", 0)) as silent:  # takes connections and never answers
+        brokers = f"localhost:{silent.getsockname()[1]}"
+        process = kafka_enrich_program.start(KAFKA_BROKERS=brokers, **DATABASE, **TAIL, PROCESSES=processes)
+        with silent.accept()[0]:
+            before = time.monotonic()
+            process.terminate()
+            assert ended(process).exit_code == 0
+            assert time.monotonic() - before < 3
+
+
+def test_copy_without_partitions_that_stops_leaves_at_once(kafka_enrich_program: Program, topics: Topics) -> None:
+    environment = {**topics.environment(), **DATABASE, **TAIL}
+    kafka_enrich_program.start(**environment, BYTEWAX_WORKERS_PER_PROCESS="4")
+    wait_until(lambda: shares(topics) == [1, 1, 1, 1])
+    idle = kafka_enrich_program.start(**environment)
+    wait_until(lambda: shares(topics) == [0, 1, 1, 1, 1])
+    idle.terminate()
+    assert ended(idle).exit_code == 0
+    wait_until(lambda: shares(topics) == [1, 1, 1, 1], 5)  # of its session, which no other commit could get past, 10 s
+
+
+def test_record_refused_by_the_commit_of_a_stop(kafka_enrich_program: Program, topic_names: Topics) -> None:
+    topic_names.create(topic_names.input)
+    topic_names.create(topic_names.output, configs={"max.message.bytes": "100"})
+    topic_names.write([(b"k" * 200, ADDRESS)])
+    port = free_port()
+    environment = {**topic_names.environment(), **DATABASE}
+    process = kafka_enrich_program.start(**environment, **TAIL, COMMIT_SECONDS="60", METRICS_PORT=str(port))
+    wait_until(lambda: samples(port).get("kafka_enrich_cache_entries") == 1)
+    process.terminate()
+    before = time.monotonic()
+    assert ended(process).exit_code == 0
+    assert time.monotonic() - before < 5
+    assert "offset 0 is refused by topic" in kafka_enrich_program(**environment).errors
+
+
 def test_processes_end_with_the_one_that_started_them(kafka_enrich_program: Program, topics: Topics) -> None:
     written = records(100)
     topics.write(written)

@@ -7,10 +7,11 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from confluent_kafka import Message
+from confluent_kafka import Message, TopicPartition
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import kafka_enrich
 from conftest import SAMPLE_DATABASE
 from kafka_enrich import (
     RESULTS,
@@ -363,7 +364,11 @@ def test_not_remembered_without_a_cache_or_with_a_large_value(cache_size: str, v
     assert source.asked == ["1.1.1.1", "1.1.1.1"]
 
 
-def test_nothing_gets_past_a_record_that_waits_for_the_source() -> None:
+def test_nothing_gets_past_a_record_that_waits_for_the_source(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kafka_enrich, "UNWELL_SECONDS", 0)
+    caplog.set_level("INFO")
     worker = Worker(read_settings({"ON_LOOKUP_FAILED": "wait"}), "process", 0, threading.Event())
 
     def item(partition: int, offset: int, result: str = "located") -> Enriched:
@@ -373,5 +378,16 @@ def test_nothing_gets_past_a_record_that_waits_for_the_source() -> None:
     assert worker.set_aside([first, item(0, 6, WAITS), second, item(1, 3)]) == [first]
     assert worker.set_aside([item(0, 8), item(2, 1)]) == []  # the rest of a batch that the engine cut in two
     assert worker.unread == {0: 6, 1: 3, 2: 1}
+    assert worker.why_unwell() == "worker process-0 waits for the source of locations"
     worker.unread.clear()
-    assert worker.set_aside([second]) == [second]
+    again = [item(0, 6), second, item(0, 8)]
+    assert worker.set_aside([*again, item(1, 3, WAITS)]) == again
+    assert worker.why_unwell()
+    worker.unread.clear()
+    assert len(worker.set_aside([item(1, 3), item(2, 1)])) == 2
+    assert [line.split(": ")[1] for line in caplog.messages] == ["", "the source of locations answers again"]
+    assert worker.why_unwell() is None
+    worker.set_aside([item(3, 1, WAITS)])
+    assert worker.why_unwell()
+    worker.forget([TopicPartition("t", 3)])
+    assert worker.why_unwell() is None
