@@ -304,6 +304,8 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
     def connect_output(self, brokers: str, topic: str) -> "Worker":
         """Connect a producer to the topic of what is located, or passes unchanged."""
         self.output_topic, self.error_topic = topic, self.settings.kafka_error_topic
+        chosen = {**self.settings.kafka_client, **self.settings.kafka_producer}
+        self.lingers = "linger.ms" in chosen or "queue.buffering.max.ms" in chosen
         self.errors = set(RESULTS) - {"located", "tombstone"} if self.error_topic else set[str]()
         self.producer_properties = producer_properties(self.settings, brokers, self.name)
         self.connect_producer()
@@ -315,6 +317,8 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         self.under_way -= len(items)
         if self.settings.on_lookup_failed == "wait":
             items = self.set_aside(items)
+        if not items:
+            return
         produce, errors = self.producer.produce, self.errors
         try:
             for record, (value, result) in items:
@@ -333,8 +337,11 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
                         self.producer.poll(0.1)
             self.produced.update({record.partition() or 0: (record.offset() or 0) + 1 for record, _ in items})
             self.pending.update([result for _, (_, result) in items])
-            self.last_record = time.monotonic() if items else self.last_record
-            self.producer.poll(0)
+            self.last_record = time.monotonic()
+            if self.lingers or len(items) == self.batch_size:
+                self.producer.poll(0)
+            else:  # nothing waits behind them, so they need not wait for linger.ms, which is half of a record's way
+                self.producer.flush(0.001)
         except KafkaException as error:  # the transaction has failed already, and all of it is done again
             report(record, error.args[0], Message(topic=topic))
 
@@ -722,7 +729,6 @@ def producer_properties(settings: "Settings", brokers: str, name: str) -> dict[s
     return {
         "message.max.bytes": 1_000_000_000,  # the topic's own limit decides
         "queue.buffering.max.kbytes": 262_144,  # what waits in memory for brokers
-        "linger.ms": 1,  # librdkafka's 5 are half of a record's way, and where there are many, batches fill anyway
         **settings.kafka_client,
         **settings.kafka_producer,
         "bootstrap.servers": brokers,
