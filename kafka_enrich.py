@@ -338,9 +338,9 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             self.produced.update({record.partition() or 0: (record.offset() or 0) + 1 for record, _ in items})
             self.pending.update([result for _, (_, result) in items])
             self.last_record = time.monotonic()
-            if self.lingers or len(items) == self.batch_size:
+            if self.lingers or len(items) * 10 > self.batch_size:
                 self.producer.poll(0)
-            else:  # nothing waits behind them, so they need not wait for linger.ms, which is half of a record's way
+            else:  # little waits behind them, so they need not wait for linger.ms, which is half of a record's way
                 self.producer.flush(0.001)
         except KafkaException as error:  # the transaction has failed already, and all of it is done again
             report(record, error.args[0], Message(topic=topic))
