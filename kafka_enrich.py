@@ -304,10 +304,9 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
     def connect_output(self, brokers: str, topic: str) -> "Worker":
         """Connect a producer to the topic of what is located, or passes unchanged."""
         self.output_topic, self.error_topic = topic, self.settings.kafka_error_topic
-        chosen = {**self.settings.kafka_client, **self.settings.kafka_producer}
-        self.lingers = "linger.ms" in chosen or "queue.buffering.max.ms" in chosen
         self.errors = set(RESULTS) - {"located", "tombstone"} if self.error_topic else set[str]()
         self.producer_properties = producer_properties(self.settings, brokers, self.name)
+        self.lingers = not self.producer_properties.keys().isdisjoint(("linger.ms", "queue.buffering.max.ms"))
         self.connect_producer()
         return self
 
@@ -562,7 +561,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         new = [part for part in self.consumer.assignment() if part.partition not in known]
         if new and time.monotonic() - self.last_commit > LAG_SECONDS:  # a question may take half a second
             with suppress(KafkaException):
-                for part in committed_offsets(self.consumer, new, ASK_SECONDS):
+                for part in committed_offsets(self.asks, new, ASK_SECONDS):
                     self.began[part.partition] = max(part.offset, 0)
         for number, offset in {**self.began, **self.committed}.items():
             _, end = self.consumer.get_watermark_offsets(TopicPartition(self.input_topic, number), cached=True)
@@ -590,7 +589,8 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
     def why_unwell(self) -> str | None:
         """Say why it has not got on for a minute; None where all is well."""
         now = time.monotonic()
-        if now - min((since for _, since in self.waiting.values()), default=now) > UNWELL_SECONDS:
+        waits = [since for _, since in list(self.waiting.values())]  # a copy: the worker goes on
+        if waits and now - min(waits) > UNWELL_SECONDS:
             return f"worker {self.name} waits for the source of locations"
         waiting = now - self.up_to_date
         if waiting <= UNWELL_SECONDS + self.settings.seconds_between_commits:
@@ -1255,10 +1255,17 @@ FAILURES_IN_A_ROW = 5  # before the API is left alone
 PAUSE_SECONDS, LONGEST_PAUSE = 60.0, 86_400
 OF_EVERY_REPLY = {"city", "region", "country_name"}
 FINAL_REASONS = {"Reserved IP Address": "reserved_ip", "Invalid IP Address": "invalid_ip"}
-# What was sent is not sent again before there is an answer, which may be slow, and may have a price.
-RETRIES = Retry(2, read=0, backoff_factor=0.1, status_forcelist=range(500, 600), raise_on_status=False)
-RETRIES.respect_retry_after_header = False  # a pause is for all addresses, and not slept here
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # its lines hold the URL, and that one the key
+
+
+class Again(Retry):
+    """What is tried again: a connection that failed or was dropped, and errors of the server."""
+
+    def increment(self, *arguments: Any, **named: Any) -> "Again":
+        """Count a try, but for an answer that is slow: what is asked again has its price, and is no quicker."""
+        if isinstance(named.get("error"), urllib3.exceptions.ReadTimeoutError):
+            raise named["error"]
+        return super().increment(*arguments, **named)
 
 
 class HttpApi:
@@ -1271,8 +1278,10 @@ class HttpApi:
         self._session = requests.Session()
         self._session.params = {"key": settings.ipapi_key or None}
         self._session.headers["User-Agent"] = f"kafka_enrich {requests.utils.default_user_agent()}"
+        again = Again(2, backoff_factor=0.1, status_forcelist=range(500, 600), raise_on_status=False)
+        again.respect_retry_after_header = False  # a pause is for all addresses, and not slept here
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=64, max_retries=RETRIES))
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=64, max_retries=again))
         self._failures = 0  # in a row
         self._paused_until = 0.0  # on the clock of time.monotonic
 
@@ -1410,7 +1419,8 @@ class Locations:
         except LookupFailed as failure:  # only where ON_LOOKUP_FAILED is wait
             return record, (str(failure).encode(), WAITS)
         if answer[1] in UNCHANGED and answer[1] not in self._told:
-            self._tell(record, answer[1])
+            why = "it begins with Schema Registry's frame" if value.startswith(b"\0") else UNCHANGED[answer[1]]
+            self._tell(f"{record.topic()}[{record.partition()}] offset {record.offset()}", answer[1], why)
         return record, answer
 
     def _answer_event(self, event: bytes, remembered: "Remembered") -> Answer:
@@ -1440,9 +1450,7 @@ class Locations:
                 raise RunError(
                     f"{ip} was not looked up: {failure}; a new start tries again (ON_LOOKUP_FAILED=stop)"
                 ) from None
-            if "lookup_failed" not in self._told:
-                self._told.add("lookup_failed")
-                log.warning("%s was not looked up: %s; more of them are only counted, as lookup_failed", ip, failure)
+            self._tell(ip, "lookup_failed", failure)
             return self._write(ip, self._nowhere, "lookup_failed"), "lookup_failed"
 
     def _look_up(self, locate: Locate, address: bytes | str) -> tuple[bytes, str]:
@@ -1456,13 +1464,11 @@ class Locations:
         except NotLocated as reason:
             return self._write(ip, self._nowhere, str(reason)), str(reason)
 
-    def _tell(self, record: Message, result: str) -> None:
-        """Warn of the first record of its kind, after which there may be thousands."""
-        self._told.add(result)
-        value = record.value() or b""
-        why = "it begins with Schema Registry's frame" if value.startswith(b"\0") else UNCHANGED[result]
-        place = f"{record.topic()}[{record.partition()}] offset {record.offset()}"
-        log.warning("%s is not enriched: %s; more of them are only counted, as %s", place, why, result)
+    def _tell(self, what: str, result: str, why: object) -> None:
+        """Warn of the first record with a result, after which there may be thousands."""
+        if result not in self._told:
+            self._told.add(result)
+            log.warning("%s is not enriched: %s; more of them are only counted, as %s", what, why, result)
 
 
 def text_of(address: bytes | str) -> str:

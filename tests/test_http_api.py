@@ -18,7 +18,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from conftest import Api, Reply
+from conftest import Api, Reply, wait_until
 from kafka_enrich import (
     FAILURES_IN_A_ROW,
     LOOKUP_LIMIT,
@@ -166,6 +166,31 @@ def test_slow_answer_is_waited_for_and_not_asked_for_again(api: Api) -> None:
     api.reply = lambda _path: reply(MOUNTAIN_VIEW)._replace(delay=2.5)
     assert make(api.url, "").locate("8.8.8.8", True) == LOCATION
     assert len(api.asked) == 1
+
+
+def test_answer_that_comes_too_late_is_not_asked_for_again(api: Api) -> None:
+    late = list[str]()
+
+    def answer(path: str) -> Reply:
+        time.sleep(LOOKUP_LIMIT + 0.7)
+        late.append(path)
+        return reply(MOUNTAIN_VIEW)
+
+    api.reply = answer
+    failure(make(api.url, ""))
+    wait_until(lambda: bool(late))
+    assert len(api.asked) == 1
+
+
+def test_connection_that_is_dropped_is_made_again(api: Api) -> None:
+    def answer(_path: str) -> Reply:
+        if len(api.asked) == 1:
+            raise ConnectionResetError
+        return reply(MOUNTAIN_VIEW)
+
+    api.reply = answer
+    assert make(api.url, "").locate("8.8.8.8", True) == LOCATION
+    assert len(api.asked) == 2
 
 
 class Trickling(socketserver.ThreadingTCPServer):
