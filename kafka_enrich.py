@@ -88,6 +88,8 @@ log = logging.getLogger("kafka_enrich")
 LIBRDKAFKA_LOG = logging.getLogger("kafka_enrich.librdkafka")  # some twenty lines a second while a broker is away
 T = TypeVar("T")
 
+Location = dict[str, object]  # by field; None where the source does not know
+Locate = Callable[[str, bool], Location]  # of an address, and whether it is public; raises NotLocated, LookupFailed
 Answer = tuple[bytes | None, str]  # the output's value, and the result
 Enriched = tuple[Message, Answer]  # what came in, and what goes out
 
@@ -139,11 +141,153 @@ class KafkaOutputConfig(DynamicSink[Enriched]):
         return self.workers[worker_index].connect_output(self.brokers, self.topic)
 
 
+# --- One record: bytes in, bytes out ----------------------------------------------------------------------------
+
+RESULTS = tuple(
+    "located tombstone invalid_ip reserved_ip not_found lookup_failed missing_ip invalid_record field_exists".split()
+)
+UNCHANGED = {  # events that pass as they are: the first of each kind is told, for nobody may have meant that
+    "missing_ip": "no address at IP_FIELD",
+    "invalid_record": "no JSON object",
+    "field_exists": "LOCATION_FIELD is there already",
+}
+TOMBSTONE: Answer = (None, "tombstone")
+WAITS = "waits"  # what is no result: the record is read again when the source of locations answers
+Remembered: TypeAlias = "functools._lru_cache_wrapper[tuple[bytes, str]]"
+LONGEST_ADDRESS = 64  # characters: 45 of an IPv6 address at most, and the name of a zone
+
+
+class Locations:
+    """Turns records into enriched records, and remembers the final answers."""
+
+    def __init__(self, locate: Locate, settings: "Settings") -> None:
+        self._on_failure = settings.on_lookup_failed
+        self._nowhere = unknown_location(settings.fields)
+        countries = [field for field in ("country_code", "country_name") if field in self._nowhere]
+        self._country = countries[0] if countries and settings.metrics_port else None
+        self._told = set[str]()
+        self._answer: Callable[[bytes, Remembered], Answer] = self._find
+        self._write: Callable[[str, Location, str | None], bytes] = to_json
+        if settings.ip_field:
+            self._answer, self._write = self._answer_event, to_member
+            names = split_names(settings.location_field)
+            self._read = event_reader([path_of(field) for field in split_names(settings.ip_field)], names)
+            self._names = [b"," + msgspec.json.encode(name) + b":" for name in names]
+        self._cache_size, self._hits, self._metrics = settings.cache_size, 0, settings.metrics_port
+        self.use(locate)
+
+    def use(self, locate: Locate) -> None:
+        """Look there from the next record on, and forget what was remembered of another source."""
+
+        def locate_timed(address: str, public: bool) -> Location:
+            with LOOKUP_SECONDS.time():
+                return locate(address, public)
+
+        self._hits = self.hits() if hasattr(self, "remembered") else 0
+        look_up = functools.partial(self._look_up, locate_timed if self._metrics else locate)
+        self.remembered = functools.lru_cache(self._cache_size)(look_up)
+
+    def hits(self) -> int:
+        """Count the answers that came from the cache."""
+        return self._hits + self.remembered.cache_info().hits
+
+    def get_location(self, record: Message) -> Enriched:
+        """Find where the address of a record is.
+
+        Args:
+            record: with a value such as b"5.159.132.1", or with IP_FIELD=ip an event, b'{"id":1,"ip":"5.159.132.1"}'.
+
+        Returns:
+            the record, and the answer: (b'{"ip":"5.159.132.1","city":"Berlin",...}', "located"), of an event
+            (b'{"id":1,"ip":"5.159.132.1","location":{"city":"Berlin",...}}', "located"); a tombstone, a record without
+            a value, is answered with one.
+
+        Raises:
+            RunError: a look-up failed, and ON_LOOKUP_FAILED is stop.
+        """
+        value = record.value()
+        if value is None:
+            return record, TOMBSTONE
+        try:
+            answer = self._answer(value, self.remembered)
+        except LookupFailed as failure:  # only where ON_LOOKUP_FAILED is wait
+            return record, (str(failure).encode(), WAITS)
+        if answer[1] in UNCHANGED and answer[1] not in self._told:
+            why = "it begins with Schema Registry's frame" if value.startswith(b"\0") else UNCHANGED[answer[1]]
+            self._tell(f"{record.topic()}[{record.partition()}] offset {record.offset()}", answer[1], why)
+        return record, answer
+
+    def _answer_event(self, event: bytes, remembered: "Remembered") -> Answer:
+        """Answer an event with its own bytes, and a member for each of its addresses before the last brace."""
+        texts = self._read(event)
+        if isinstance(texts, str):
+            return event, texts
+        members, result = b"", ""
+        for name, text in zip(self._names, texts, strict=True):
+            if text:
+                member, its_result = self._find(text, remembered)
+                members += name + member
+                if not result or (its_result.startswith("located") and not result.startswith("located")):
+                    result = its_result
+        brace = event.rindex(b"}")
+        return (event[:brace] + members + event[brace:], result) if result else (event, "missing_ip")
+
+    def _find(self, address: bytes | str, remembered: "Remembered") -> tuple[bytes, str]:
+        """Find what goes out for an address, if it can be one from what is remembered; failures are not."""
+        try:
+            return remembered(address) if len(address) <= LONGEST_ADDRESS else remembered.__wrapped__(address)
+        except LookupFailed as failure:
+            ip, _, _ = find_address(text_of(address))
+            if self._on_failure == "wait":
+                raise
+            if self._on_failure == "stop":
+                raise RunError(
+                    f"{ip} was not looked up: {failure}; a new start tries again (ON_LOOKUP_FAILED=stop)"
+                ) from None
+            self._tell(ip, "lookup_failed", failure)
+            return self._write(ip, self._nowhere, "lookup_failed"), "lookup_failed"
+
+    def _look_up(self, locate: Locate, address: bytes | str) -> tuple[bytes, str]:
+        """Find the final answer to an address; a LookupFailed where there is none now."""
+        ip = text_of(address)
+        try:
+            ip, asked, public = find_address(ip)
+            location = locate(asked, public)
+            country = location[self._country] if self._country else None
+            return self._write(ip, location, None), sys.intern(f"located {country}") if country else "located"
+        except NotLocated as reason:
+            return self._write(ip, self._nowhere, str(reason)), str(reason)
+
+    def _tell(self, what: str, result: str, why: object) -> None:
+        """Warn of the first record with a result, after which there may be thousands."""
+        if result not in self._told:
+            self._told.add(result)
+            log.warning("%s is not enriched: %s; more of them are only counted, as %s", what, why, result)
+
+
+def text_of(address: bytes | str) -> str:
+    """Decode a value; what is no UTF-8 becomes U+FFFD, which no address holds."""
+    return (address.decode("utf-8", "replace") if isinstance(address, bytes) else address).strip()
+
+
+def to_json(ip: str, location: Location, error: str | None) -> bytes:
+    """Write the value of an output record; cut to the length of an address, it stays small whatever came in."""
+    record = {"ip": ip[:LONGEST_ADDRESS], **location}
+    return msgspec.json.encode(record if error is None else {**record, "error": error})
+
+
+def to_member(_ip: str, location: Location, error: str | None) -> bytes:
+    """Write what is added to an event: what is known, or the error."""
+    known = {name: value for name, value in location.items() if value is not None}
+    return msgspec.json.encode(known if error is None else {"error": error})
+
+
 # --- Kafka: input, output, commit -------------------------------------------------------------------------------
 
 IDLE_SECONDS = 0.05  # how long a worker waits for a record before it looks at its clock
 ASK_SECONDS = 0.5  # how often a bounded run asks what the group has committed
 RETRY_SECONDS = 0.5
+BACKLOG = 10_000  # records of lag from which on a transaction takes longer, for its commit takes as long as thousands
 LAG_SECONDS = 2.0  # without a commit, after which the group is asked where it stands
 TRANSACTION_SECONDS = 15  # after a kill readers of committed records wait so long, so it is near the session's time-out
 COMMIT_LIMIT = 30.0  # s; what takes longer is done again with a new producer
@@ -258,7 +402,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             self.do_again()
             return []
         if now >= self.commit_at:
-            self.commit_at = now + self.settings.seconds_between_commits
+            self.commit_at = now + self.settings.seconds_between_commits(sum(self.lag.values()))
             self.commit()
         if now >= self.ask_at:
             self.ask_at = now + ASK_SECONDS
@@ -334,7 +478,8 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
                     except BufferError:  # the queue is full: wait for the brokers
                         self.last_turn = time.monotonic()
                         self.producer.poll(0.1)
-            self.produced.update({record.partition() or 0: (record.offset() or 0) + 1 for record, _ in items})
+            last = {record.partition() or 0: record for record, _ in items}
+            self.produced.update({partition: (record.offset() or 0) + 1 for partition, record in last.items()})
             self.pending.update([result for _, (_, result) in items])
             self.last_record = time.monotonic()
             if self.lingers or len(items) * 10 > self.batch_size:
@@ -593,7 +738,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         if waits and now - min(waits) > UNWELL_SECONDS:
             return f"worker {self.name} waits for the source of locations"
         waiting = now - self.up_to_date
-        if waiting <= UNWELL_SECONDS + self.settings.seconds_between_commits:
+        if waiting <= UNWELL_SECONDS + self.settings.commit_seconds:
             return None
         why = f"waits for Kafka: {self.trouble}" if self.trouble else f"has committed nothing for {waiting:.0f} s"
         return f"worker {self.name} {why}"
@@ -706,6 +851,11 @@ def consumer_properties(settings: "Settings", brokers: str, number: int | None =
     return {
         **(classic if chosen.get("group.protocol", "classic") == "classic" else {}),
         "topic.metadata.refresh.interval.ms": 10_000,  # how long new partitions are not seen
+        # Each message that waits takes some 250 bytes beside its own, so that few wait, and more are fetched in time:
+        # librdkafka looks once a second by itself, in which all that it may fetch at once has to wait.
+        "fetch.max.bytes": 2_000_000,
+        "fetch.queue.backoff.ms": 5,
+        "queued.min.messages": 20_000,
         **chosen,
         "bootstrap.servers": brokers,
         "group.id": settings.group,
@@ -811,10 +961,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """Whether records and offsets are written in transactions."""
         return self.delivery_guarantee == "exactly_once"
 
-    @property
-    def seconds_between_commits(self) -> float:
-        """How often a worker commits; until then readers of committed records wait, so transactions are short."""
-        return self.commit_seconds or (0.1 if self.exactly_once else 1)
+    def seconds_between_commits(self, lag: int) -> float:
+        """How often a worker commits: readers wait for the end of a transaction, and for a backlog anyway."""
+        return self.commit_seconds or (1 if not self.exactly_once else 0.1 if lag < BACKLOG else 0.3)
 
     def __repr__(self) -> str:
         """Show what was set, and of secrets nothing: of properties only the names."""
@@ -1013,8 +1162,6 @@ def parse_address(text: str) -> Address | None:
 
 # --- Locations: their fields, wherever a source has them --------------------------------------------------------
 
-Location = dict[str, object]  # by field; None where the source does not know
-Locate = Callable[[str, bool], Location]  # of an address, and whether it is public; raises NotLocated, LookupFailed
 Read = Callable[[object], object]  # takes what stands in a record, and returns None where it says nothing
 ReadLocation = Callable[[object, Location], Location]  # of a record, and what is known already
 CODE = re.compile("([A-Z]{2}-)?[A-Z0-9]{1,3}")
@@ -1345,147 +1492,6 @@ def pause_in(*waits: object) -> float:
         with suppress(ValueError, OverflowError, urllib3.exceptions.HTTPError):
             return max(1.0, Retry(retry_after_max=LONGEST_PAUSE).parse_retry_after(str(said)))
     return PAUSE_SECONDS
-
-
-# --- Records: bytes in, bytes out -------------------------------------------------------------------------------
-
-RESULTS = tuple(
-    "located tombstone invalid_ip reserved_ip not_found lookup_failed missing_ip invalid_record field_exists".split()
-)
-UNCHANGED = {  # events that pass as they are: the first of each kind is told, for nobody may have meant that
-    "missing_ip": "no address at IP_FIELD",
-    "invalid_record": "no JSON object",
-    "field_exists": "LOCATION_FIELD is there already",
-}
-TOMBSTONE: Answer = (None, "tombstone")
-WAITS = "waits"  # what is no result: the record is read again when the source of locations answers
-Remembered: TypeAlias = "functools._lru_cache_wrapper[tuple[bytes, str]]"
-LONGEST_ADDRESS = 64  # characters: 45 of an IPv6 address at most, and the name of a zone
-
-
-class Locations:
-    """Turns records into enriched records, and remembers the final answers."""
-
-    def __init__(self, locate: Locate, settings: "Settings") -> None:
-        self._on_failure = settings.on_lookup_failed
-        self._nowhere = unknown_location(settings.fields)
-        countries = [field for field in ("country_code", "country_name") if field in self._nowhere]
-        self._country = countries[0] if countries and settings.metrics_port else None
-        self._told = set[str]()
-        self._answer: Callable[[bytes, Remembered], Answer] = self._find
-        self._write: Callable[[str, Location, str | None], bytes] = to_json
-        if settings.ip_field:
-            self._answer, self._write = self._answer_event, to_member
-            names = split_names(settings.location_field)
-            self._read = event_reader([path_of(field) for field in split_names(settings.ip_field)], names)
-            self._names = [b"," + msgspec.json.encode(name) + b":" for name in names]
-        self._cache_size, self._hits, self._metrics = settings.cache_size, 0, settings.metrics_port
-        self.use(locate)
-
-    def use(self, locate: Locate) -> None:
-        """Look there from the next record on, and forget what was remembered of another source."""
-
-        def locate_timed(address: str, public: bool) -> Location:
-            with LOOKUP_SECONDS.time():
-                return locate(address, public)
-
-        self._hits = self.hits() if hasattr(self, "remembered") else 0
-        look_up = functools.partial(self._look_up, locate_timed if self._metrics else locate)
-        self.remembered = functools.lru_cache(self._cache_size)(look_up)
-
-    def hits(self) -> int:
-        """Count the answers that came from the cache."""
-        return self._hits + self.remembered.cache_info().hits
-
-    def get_location(self, record: Message) -> Enriched:
-        """Find where the address of a record is.
-
-        Args:
-            record: with a value such as b"5.159.132.1", or with IP_FIELD=ip an event, b'{"id":1,"ip":"5.159.132.1"}'.
-
-        Returns:
-            the record, and the answer: (b'{"ip":"5.159.132.1","city":"Berlin",...}', "located"), of an event
-            (b'{"id":1,"ip":"5.159.132.1","location":{"city":"Berlin",...}}', "located"); a tombstone, a record without
-            a value, is answered with one.
-
-        Raises:
-            RunError: a look-up failed, and ON_LOOKUP_FAILED is stop.
-        """
-        value = record.value()
-        if value is None:
-            return record, TOMBSTONE
-        try:
-            answer = self._answer(value, self.remembered)
-        except LookupFailed as failure:  # only where ON_LOOKUP_FAILED is wait
-            return record, (str(failure).encode(), WAITS)
-        if answer[1] in UNCHANGED and answer[1] not in self._told:
-            why = "it begins with Schema Registry's frame" if value.startswith(b"\0") else UNCHANGED[answer[1]]
-            self._tell(f"{record.topic()}[{record.partition()}] offset {record.offset()}", answer[1], why)
-        return record, answer
-
-    def _answer_event(self, event: bytes, remembered: "Remembered") -> Answer:
-        """Answer an event with its own bytes, and a member for each of its addresses before the last brace."""
-        texts = self._read(event)
-        if isinstance(texts, str):
-            return event, texts
-        members, result = b"", ""
-        for name, text in zip(self._names, texts, strict=True):
-            if text:
-                member, its_result = self._find(text, remembered)
-                members += name + member
-                if not result or (its_result.startswith("located") and not result.startswith("located")):
-                    result = its_result
-        brace = event.rindex(b"}")
-        return (event[:brace] + members + event[brace:], result) if result else (event, "missing_ip")
-
-    def _find(self, address: bytes | str, remembered: "Remembered") -> tuple[bytes, str]:
-        """Find what goes out for an address, if it can be one from what is remembered; failures are not."""
-        try:
-            return remembered(address) if len(address) <= LONGEST_ADDRESS else remembered.__wrapped__(address)
-        except LookupFailed as failure:
-            ip, _, _ = find_address(text_of(address))
-            if self._on_failure == "wait":
-                raise
-            if self._on_failure == "stop":
-                raise RunError(
-                    f"{ip} was not looked up: {failure}; a new start tries again (ON_LOOKUP_FAILED=stop)"
-                ) from None
-            self._tell(ip, "lookup_failed", failure)
-            return self._write(ip, self._nowhere, "lookup_failed"), "lookup_failed"
-
-    def _look_up(self, locate: Locate, address: bytes | str) -> tuple[bytes, str]:
-        """Find the final answer to an address; a LookupFailed where there is none now."""
-        ip = text_of(address)
-        try:
-            ip, asked, public = find_address(ip)
-            location = locate(asked, public)
-            country = location[self._country] if self._country else None
-            return self._write(ip, location, None), sys.intern(f"located {country}") if country else "located"
-        except NotLocated as reason:
-            return self._write(ip, self._nowhere, str(reason)), str(reason)
-
-    def _tell(self, what: str, result: str, why: object) -> None:
-        """Warn of the first record with a result, after which there may be thousands."""
-        if result not in self._told:
-            self._told.add(result)
-            log.warning("%s is not enriched: %s; more of them are only counted, as %s", what, why, result)
-
-
-def text_of(address: bytes | str) -> str:
-    """Decode a value; what is no UTF-8 becomes U+FFFD, which no address holds."""
-    return (address.decode("utf-8", "replace") if isinstance(address, bytes) else address).strip()
-
-
-def to_json(ip: str, location: Location, error: str | None) -> bytes:
-    """Write the value of an output record; cut to the length of an address, it stays small whatever came in."""
-    record = {"ip": ip[:LONGEST_ADDRESS], **location}
-    return msgspec.json.encode(record if error is None else {**record, "error": error})
-
-
-def to_member(_ip: str, location: Location, error: str | None) -> bytes:
-    """Write what is added to an event: what is known, or the error."""
-    known = {name: value for name, value in location.items() if value is not None}
-    return msgspec.json.encode(known if error is None else {"error": error})
 
 
 # --- Events: the address is read, and nothing else is touched ---------------------------------------------------

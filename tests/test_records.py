@@ -369,7 +369,8 @@ def test_nothing_gets_past_a_record_that_waits_for_the_source(
 ) -> None:
     monkeypatch.setattr(kafka_enrich, "UNWELL_SECONDS", 0)
     caplog.set_level("INFO")
-    worker = Worker(read_settings({"ON_LOOKUP_FAILED": "wait"}), "process", 0, threading.Event())
+    settings = read_settings({"ON_LOOKUP_FAILED": "wait", "COMMIT_SECONDS": "60"})
+    worker = Worker(settings, "process", 0, threading.Event())
 
     def item(partition: int, offset: int, result: str = "located") -> Enriched:
         return Message(topic="t", partition=partition, offset=offset), (b"", result)

@@ -29,8 +29,14 @@ def test_defaults() -> None:
     assert (settings.cache_size, settings.log_level) == (100_000, "INFO")
     assert (settings.kafka_tail, settings.on_lookup_failed, settings.metrics_port) == (False, "mark", 0)
     assert (settings.processes, settings.bytewax_workers_per_process) == (1, 1)
-    assert (settings.exactly_once, settings.seconds_between_commits) == (False, 1)
-    assert read_settings({"DELIVERY_GUARANTEE": "exactly_once"}).seconds_between_commits == 0.1
+    assert (settings.exactly_once, settings.seconds_between_commits(1_000_000)) == (False, 1)
+
+
+def test_transactions_are_longer_far_behind_where_nothing_is_set() -> None:
+    exactly_once = {"DELIVERY_GUARANTEE": "exactly_once"}
+    assert [read_settings(exactly_once).seconds_between_commits(lag) for lag in (9_999, 10_000)] == [0.1, 0.3]
+    chosen = read_settings({**exactly_once, "COMMIT_SECONDS": "0.2"})
+    assert [chosen.seconds_between_commits(lag) for lag in (0, 10_000)] == [0.2, 0.2]
 
 
 SASL_SSL = {
@@ -110,8 +116,8 @@ def test_bad_value_is_named(name: str, value: str) -> None:
         ("KAFKA_GROUP_ID", "mine", "group", "mine"),
         ("KAFKA_TAIL", "0", "kafka_tail", False),
         ("KAFKA_TAIL", "1", "kafka_tail", True),
-        ("COMMIT_SECONDS", "0.05", "seconds_between_commits", 0.05),
-        ("COMMIT_SECONDS", "60", "seconds_between_commits", 60),
+        ("COMMIT_SECONDS", "0.05", "commit_seconds", 0.05),
+        ("COMMIT_SECONDS", "60", "commit_seconds", 60),
         ("IPAPI_URL", "http://[::1]:8080/path", "ipapi_url", "http://[::1]:8080/path"),
         ("ON_LOOKUP_FAILED", "stop", "on_lookup_failed", "stop"),
         ("CACHE_SIZE", "0", "cache_size", 0),
