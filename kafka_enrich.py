@@ -61,7 +61,7 @@ from datetime import datetime, timedelta, timezone
 from logging.handlers import BufferingHandler
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn, TypeAlias, TypedDict, TypeVar
+from typing import Annotated, Any, NoReturn, TypedDict, TypeVar
 
 import bytewax.operators as op
 import maxminddb
@@ -153,7 +153,6 @@ UNCHANGED = {  # events that pass as they are: the first of each kind is told, f
 }
 TOMBSTONE: Answer = (None, "tombstone")
 WAITS = "waits"  # what is no result: the record is read again when the source of locations answers
-Remembered: TypeAlias = "functools._lru_cache_wrapper[tuple[bytes, str]]"
 LONGEST_ADDRESS = 64  # characters: 45 of an IPv6 address at most, and the name of a zone
 
 
@@ -166,7 +165,7 @@ class Locations:
         countries = [field for field in ("country_code", "country_name") if field in self._nowhere]
         self._country = countries[0] if countries and settings.metrics_port else None
         self._told = set[str]()
-        self._answer: Callable[[bytes, Remembered], Answer] = self._find
+        self._answer: Callable[[bytes], Answer] = self._find
         self._write: Callable[[str, Location, str | None], bytes] = to_json
         if settings.ip_field:
             self._answer, self._write = self._answer_event, to_member
@@ -184,8 +183,8 @@ class Locations:
                 return locate(address, public)
 
         self._hits = self.hits() if hasattr(self, "remembered") else 0
-        look_up = functools.partial(self._look_up, locate_timed if self._metrics else locate)
-        self.remembered = functools.lru_cache(self._cache_size)(look_up)
+        self._locate = locate_timed if self._metrics else locate
+        self.remembered = functools.lru_cache(self._cache_size)(self._look_up)
 
     def hits(self) -> int:
         """Count the answers that came from the cache."""
@@ -209,7 +208,7 @@ class Locations:
         if value is None:
             return record, TOMBSTONE
         try:
-            answer = self._answer(value, self.remembered)
+            answer = self._answer(value)
         except LookupFailed as failure:  # only where ON_LOOKUP_FAILED is wait
             return record, (str(failure).encode(), WAITS)
         if answer[1] in UNCHANGED and answer[1] not in self._told:
@@ -217,7 +216,7 @@ class Locations:
             self._tell(f"{record.topic()}[{record.partition()}] offset {record.offset()}", answer[1], why)
         return record, answer
 
-    def _answer_event(self, event: bytes, remembered: "Remembered") -> Answer:
+    def _answer_event(self, event: bytes) -> Answer:
         """Answer an event with its own bytes, and a member for each of its addresses before the last brace."""
         texts = self._read(event)
         if isinstance(texts, str):
@@ -225,17 +224,17 @@ class Locations:
         members, result = b"", ""
         for name, text in zip(self._names, texts, strict=True):
             if text:
-                member, its_result = self._find(text, remembered)
+                member, its_result = self._find(text)
                 members += name + member
                 if not result or (its_result.startswith("located") and not result.startswith("located")):
                     result = its_result
         brace = event.rindex(b"}")
         return (event[:brace] + members + event[brace:], result) if result else (event, "missing_ip")
 
-    def _find(self, address: bytes | str, remembered: "Remembered") -> tuple[bytes, str]:
+    def _find(self, address: bytes | str) -> tuple[bytes, str]:
         """Find what goes out for an address, if it can be one from what is remembered; failures are not."""
         try:
-            return remembered(address) if len(address) <= LONGEST_ADDRESS else remembered.__wrapped__(address)
+            return self.remembered(address) if len(address) <= LONGEST_ADDRESS else self._look_up(address)
         except LookupFailed as failure:
             ip, _, _ = find_address(text_of(address))
             if self._on_failure == "wait":
@@ -247,12 +246,12 @@ class Locations:
             self._tell(ip, "lookup_failed", failure)
             return self._write(ip, self._nowhere, "lookup_failed"), "lookup_failed"
 
-    def _look_up(self, locate: Locate, address: bytes | str) -> tuple[bytes, str]:
+    def _look_up(self, address: bytes | str) -> tuple[bytes, str]:
         """Find the final answer to an address; a LookupFailed where there is none now."""
         ip = text_of(address)
         try:
             ip, asked, public = find_address(ip)
-            location = locate(asked, public)
+            location = self._locate(asked, public)
             country = location[self._country] if self._country else None
             return self._write(ip, location, None), sys.intern(f"located {country}") if country else "located"
         except NotLocated as reason:
@@ -879,6 +878,8 @@ def producer_properties(settings: "Settings", brokers: str, name: str) -> dict[s
     return {
         "message.max.bytes": 1_000_000_000,  # the topic's own limit decides
         "queue.buffering.max.kbytes": 262_144,  # what waits in memory for brokers
+        # A broker that was frozen leads nothing for a moment, and who asks just then asks again after five minutes.
+        "topic.metadata.refresh.interval.ms": 10_000,
         **settings.kafka_client,
         **settings.kafka_producer,
         "bootstrap.servers": brokers,
