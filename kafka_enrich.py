@@ -182,6 +182,7 @@ class Locations:
             with LOOKUP_SECONDS.time():
                 return locate(address, public)
 
+        # The source before the cache: what was found in the old source goes to the old cache, and with it.
         self._hits = self.hits() if hasattr(self, "remembered") else 0
         self._locate = locate_timed if self._metrics else locate
         self.remembered = functools.lru_cache(self._cache_size)(self._look_up)
@@ -851,8 +852,9 @@ def consumer_properties(settings: "Settings", brokers: str, number: int | None =
         **(classic if chosen.get("group.protocol", "classic") == "classic" else {}),
         "topic.metadata.refresh.interval.ms": 10_000,  # how long new partitions are not seen
         # Each message that waits takes some 250 bytes beside its own, so that few wait, and more are fetched in time:
-        # librdkafka looks once a second by itself, in which all that it may fetch at once has to wait.
-        "fetch.max.bytes": 2_000_000,
+        # librdkafka looks once a second by itself, in which all that it may fetch at once has to wait. Where messages
+        # may be larger it chooses how much that is, as it takes no less than one of them.
+        **({} if "message.max.bytes" in chosen else {"fetch.max.bytes": 2_000_000}),
         "fetch.queue.backoff.ms": 5,
         "queued.min.messages": 20_000,
         **chosen,

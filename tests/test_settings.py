@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Consumer
 
 import load_data
 from conftest import PROJECT
@@ -37,6 +38,24 @@ def test_transactions_are_longer_far_behind_where_nothing_is_set() -> None:
     assert [read_settings(exactly_once).seconds_between_commits(lag) for lag in (9_999, 10_000)] == [0.1, 0.3]
     chosen = read_settings({**exactly_once, "COMMIT_SECONDS": "0.2"})
     assert [chosen.seconds_between_commits(lag) for lag in (0, 10_000)] == [0.2, 0.2]
+
+
+@pytest.mark.parametrize("prefix", ["KAFKA_CLIENT_", "KAFKA_CONSUMER_"])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"MESSAGE_MAX_BYTES": "10000000"},
+        {"MESSAGE_MAX_BYTES": "10000000", "FETCH_MAX_BYTES": "20000000"},
+        {"MAX_PARTITION_FETCH_BYTES": "10000000"},
+        {"FETCH_MAX_BYTES": "1000000", "RECEIVE_MESSAGE_MAX_BYTES": "1500000"},
+        {"QUEUED_MAX_MESSAGES_KBYTES": "1000"},
+    ],
+)
+def test_client_takes_sizes_that_were_chosen(prefix: str, chosen: dict[str, str]) -> None:
+    settings = read_settings({prefix + name: value for name, value in chosen.items()})
+    properties = consumer_properties(settings, "localhost:1", 0)
+    assert properties.items() >= {name.lower().replace("_", "."): value for name, value in chosen.items()}.items()
+    Consumer({**properties, "log_level": 0}).close()
 
 
 SASL_SSL = {
