@@ -475,7 +475,7 @@ def test_full_queue_while_brokers_are_away_is_no_standstill(kafka_enrich_program
         topics = Topics(server.address, "in", "out")
         topics.create("in")
         topics.create("out")
-        topics.write(records(5_000))
+        topics.write(records(20_000))
         queue = {"KAFKA_PRODUCER_QUEUE_BUFFERING_MAX_MESSAGES": "10", "COMMIT_SECONDS": "60"}
         process = program.start(**topics.environment(), **DATABASE, **TAIL, **queue)
         wait_until(lambda: topics.end_offset() > 0)
@@ -483,10 +483,11 @@ def test_full_queue_while_brokers_are_away_is_no_standstill(kafka_enrich_program
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(25)
         server.thaw()
-        wait_until(lambda: topics.end_offset() >= 5_000 or process.poll() is not None, 120)
+        wait_until(lambda: topics.end_offset() >= 20_000 or process.poll() is not None, 120)
         process.terminate()
         stopped = ended(process)
         assert stopped.exit_code == 0, stopped.errors
+        assert topics.end_offset() >= 20_000
 
 
 def test_partitions_that_are_added_are_read(kafka_enrich_program: Program, topics: Topics) -> None:
