@@ -66,6 +66,7 @@ from typing import Annotated, Any, NoReturn, TypedDict, TypeVar
 import bytewax.operators as op
 import maxminddb
 import msgspec
+import prometheus_client
 import requests
 import urllib3
 from bytewax.dataflow import Dataflow
@@ -343,8 +344,8 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         self.in_group = False
         self.moved = False  # whether partitions came or went
         self.under_way = 0  # records that were read and are not written
-        self.unread: dict[int, int] = {}  # by partition: the first record to be read again
-        self.waiting: dict[int, tuple[int, float]] = {}  # which record waits for the source of locations, since when
+        self.again: list[Message] = []  # records that were read, and wait for the source of locations
+        self.waits_since = math.inf  # when they began to
         self.ends: dict[int, int] = {}  # by partition: the offset after its last record, when there is no next one
         self.remaining: dict[int, range] | None = None  # of a bounded run: what the group has not committed
         self.total = 0  # records that remained at its start
@@ -357,11 +358,10 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         self.refused: RunError | None = None
         self.batch_refused = self.one_by_one = False  # then the next producer sends records one by one
         self.attempt = 0  # of its producers, the one in use
-        self.rebalances = self.refusals = 0
         self.lag: dict[int, int] = {}  # by partition: records that are not committed
         self.trouble, self.reminder = "", 0.0
-        self.commit_at = self.ask_at = self.read_at = 0.0
-        self.last_turn = self.last_commit = self.last_record = self.up_to_date = time.monotonic()
+        self.commit_at = self.ask_at = self.again_at = 0.0
+        self.last_turn = self.last_commit = self.up_to_date = time.monotonic()
 
     def join(self, brokers: str, topic: str, tail: bool) -> "Worker":
         """Connect a consumer, find what a bounded run has to do, and join the group."""
@@ -386,12 +386,10 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         now = self.last_turn = time.monotonic()
         if self.under_way:
             return []
-        if self.unread:
-            self.read_again()
-        for partition, end in self.ends.items():
-            self.produced[partition] = max(end, self.produced.get(partition, 0))
-        self.pass_by(self.ends)
-        self.ends.clear()
+        if not self.again:
+            for partition, end in self.ends.items():
+                self.produced[partition] = max(end, self.produced.get(partition, 0))
+            self.ends.clear()
         if self.stop.is_set():  # exactly once, what is not committed is aborted, and whoever reads on does it again
             while not (self.commit() or self.broken or self.settings.exactly_once):
                 self.consumer.poll(0.1)  # a rebalance that is under way has to end before a commit
@@ -411,14 +409,16 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         if self.remaining == {}:  # the group has committed the end of every partition as it was at the start
             raise StopIteration
         records = [its for its in self.read() if (error := its.error()) is None or self.take_error(its, error)]
+        if self.again:
+            self.again += records
+            if now < self.again_at:
+                return []
+            records, self.again = self.again, []
         self.under_way = len(records)
         return records
 
     def read(self) -> list[Message]:
         """Read records and events, and let the group have its turn."""
-        if time.monotonic() < self.read_at:
-            time.sleep(IDLE_SECONDS)
-            return []
         messages = self.consumer.consume(self.batch_size, 0)
         if not messages:
             if self.remaining is not None:
@@ -429,6 +429,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             self.moved = False
             owned = {part.partition for part in self.consumer.assignment()}
             messages = [message for message in messages if message.partition() in owned or is_trouble(message)]
+            self.read_on_or_pause()
             log.info("worker %s reads partitions %s", self.name, sorted(owned))
         return messages
 
@@ -481,7 +482,6 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             last = {record.partition() or 0: record for record, _ in items}
             self.produced.update({partition: (record.offset() or 0) + 1 for partition, record in last.items()})
             self.pending.update([result for _, (_, result) in items])
-            self.last_record = time.monotonic()
             if self.lingers or len(items) * 10 > self.batch_size:
                 self.producer.poll(0)
             else:  # little waits behind them, so they need not wait for linger.ms, which is half of a record's way
@@ -490,35 +490,25 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             report(record, error.args[0], Message(topic=topic))
 
     def set_aside(self, items: list[Enriched]) -> list[Enriched]:
-        """Leave out of a batch what begins with a look-up that failed, to be read again; say so once."""
+        """Keep for the next batch what begins with a look-up that failed, and read nothing more before it works."""
         # Where the engine has cut a batch in two, what follows in the second part may not get past the first.
-        answered = [] if self.unread else list(itertools.takewhile(lambda item: item[1][1] != WAITS, items))
-        waited, now = bool(self.waiting), time.monotonic()
-        self.pass_by({record.partition() or 0: (record.offset() or 0) + 1 for record, _ in answered})
-        for record, (why, _) in items[len(answered) :]:
-            partition, offset = record.partition() or 0, record.offset() or 0
-            if not waited and not self.waiting:
-                log.warning("worker %s waits for the source of locations: %s", self.name, (why or b"").decode())
-            self.unread.setdefault(partition, offset)
-            self.waiting.setdefault(partition, (offset, now))
-        if waited and not self.waiting:
+        answered = [] if self.again else list(itertools.takewhile(lambda item: item[1][1] != WAITS, items))
+        self.again += [record for record, _ in items[len(answered) :]]
+        waited, now = self.waits_since < math.inf, time.monotonic()
+        self.again_at = now + RETRY_SECONDS
+        if self.again and not waited:
+            self.waits_since, why = now, items[len(answered)][1][0] or b""
+            self.read_on_or_pause()
+            log.warning("worker %s waits for the source of locations: %s", self.name, why.decode())
+        elif waited and not self.again:
+            self.waits_since = math.inf
+            self.read_on_or_pause()
             log.info("worker %s: the source of locations answers again", self.name)
         return answered
 
-    def pass_by(self, offsets: Mapping[int, float]) -> None:
-        """Let no record wait in partitions that have come as far as these offsets."""
-        self.waiting = {number: its for number, its in self.waiting.items() if its[0] >= offsets.get(number, 0)}
-
-    def read_again(self) -> None:
-        """Go back to the records that wait for the source of locations, and wait a moment."""
-        for partition, offset in self.unread.items():
-            self.ends.pop(partition, None)
-            try:
-                self.consumer.seek(TopicPartition(self.input_topic, partition, offset))
-            except KafkaException as error:  # never past it: all that is not committed is read again
-                self.broken = reason_of(error)
-        self.unread.clear()
-        self.read_at = time.monotonic() + RETRY_SECONDS
+    def read_on_or_pause(self) -> None:
+        """Read no more records as long as some wait for the source of locations, but serve the group."""
+        (self.consumer.pause if self.again else self.consumer.resume)(self.consumer.assignment())
 
     def commit(self) -> bool:
         """Commit what was produced: the whole delivery guarantee, in the order in which it happens.
@@ -606,7 +596,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
                 raise RunError(f"group {self.settings.group!r} cannot go on: {reason_of(failure)}") from None
             self.in_trouble(reason_of(failure))
             return
-        for forgotten in (self.produced, self.committed, self.pending):
+        for forgotten in (self.produced, self.committed, self.pending, self.again):
             forgotten.clear()
         self.broken = ""
 
@@ -638,7 +628,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         if attempt != self.attempt:  # its producer was given up, and its records are done again
             return
         refused = error.code() in REFUSALS
-        self.refusals += refused
+        REFUSED.inc(refused)
         if refused and record is not None:
             at = f"{record.topic()}:{record.partition()}"
             advice = "mend that; nothing after it is committed"
@@ -656,7 +646,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
     def assigned(self, _consumer: Consumer, _partitions: list[TopicPartition]) -> None:
         """Note that partitions have come."""
         self.moved = True
-        self.rebalances += 1
+        REBALANCES.inc()
 
     def revoked(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Commit before another member reads on; no exception may leave a callback."""
@@ -676,11 +666,13 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
     def forget(self, partitions: list[TopicPartition]) -> None:
         """Forget how far partitions have come that belong to others now."""
         self.moved = True
-        self.rebalances += 1
-        self.pass_by({part.partition: math.inf for part in partitions})
-        for part in partitions:
-            for known in (self.produced, self.began, self.committed, self.lag):
-                known.pop(part.partition, None)
+        REBALANCES.inc()
+        gone = {part.partition for part in partitions}
+        self.again = [record for record in self.again if record.partition() not in gone]
+        self.waits_since = self.waits_since if self.again else math.inf
+        for known in (self.ends, self.produced, self.began, self.committed, self.lag):
+            for partition in gone & known.keys():
+                del known[partition]
 
     def ask(self) -> None:
         """Ask what the group has committed: a bounded run ends with that, and so does trouble."""
@@ -734,8 +726,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
     def why_unwell(self) -> str | None:
         """Say why it has not got on for a minute; None where all is well."""
         now = time.monotonic()
-        waits = [since for _, since in list(self.waiting.values())]  # a copy: the worker goes on
-        if waits and now - min(waits) > UNWELL_SECONDS:
+        if now - self.waits_since > UNWELL_SECONDS:
             return f"worker {self.name} waits for the source of locations"
         waiting = now - self.up_to_date
         if waiting <= UNWELL_SECONDS + self.settings.commit_seconds:
@@ -1626,44 +1617,32 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Take the numbers of this moment."""
         results, countries = counted(self._workers)
-        records = CounterMetricFamily(
-            "kafka_enrich_records", "Records committed, by what became of them.", labels=["result"]
-        )
-        for result in RESULTS:
-            records.add_metric([result], results[result])
-        yield records
-        located = CounterMetricFamily("kafka_enrich_located", "Those located, by country.", labels=["country"])
-        for country, count in countries.most_common(COUNTRIES):
-            located.add_metric([country], count)
-        yield located
-        lag = GaugeMetricFamily("kafka_enrich_lag_records", "Records that are not committed.", labels=["partition"])
-        for partition, count in [its for worker in self._workers for its in sorted(worker.lag.items())]:
-            lag.add_metric([str(partition)], count)
-        yield lag
-        now = time.monotonic()
-        for name, text, count in (
-            ("cache_hits", "Addresses answered from the cache.", self._locations.hits()),
-            ("rebalances", "Times that partitions came or went.", sum(worker.rebalances for worker in self._workers)),
-            ("refused_records", "Records that a topic refused.", sum(worker.refusals for worker in self._workers)),
-        ):
-            yield CounterMetricFamily(f"kafka_enrich_{name}", text, count)
-        newest = max(worker.last_record for worker in self._workers)
-        committed = max(worker.last_commit for worker in self._workers)
-        entries = self._locations.remembered.cache_info().currsize
+        every = {result: results[result] for result in RESULTS}
+        yield labelled(CounterMetricFamily, "records", "Records committed, by what became of them.", "result", every)
+        some = dict(countries.most_common(COUNTRIES))
+        yield labelled(CounterMetricFamily, "located", "Those located, by country.", "country", some)
+        lag = {str(number): count for worker in self._workers for number, count in sorted(worker.lag.items())}
+        yield labelled(GaugeMetricFamily, "lag_records", "Records that are not committed.", "partition", lag)
+        hits, entries = self._locations.hits(), self._locations.remembered.cache_info().currsize
+        yield CounterMetricFamily("kafka_enrich_cache_hits", "Addresses answered from the cache.", hits)
         yield GaugeMetricFamily("kafka_enrich_cache_entries", "Answers in the cache.", entries)
-        yield GaugeMetricFamily("kafka_enrich_seconds_since_last_record", "Or since the start.", now - newest)
-        yield GaugeMetricFamily("kafka_enrich_seconds_since_last_commit", "Or since the start.", now - committed)
         if self._databases:
-            built = GaugeMetricFamily("kafka_enrich_database_build_timestamp_seconds", "When built.", labels=["path"])
-            for database in self._databases.in_use:
-                built.add_metric([database.path], database.built.timestamp())
-            yield built
-            looked = CounterMetricFamily("kafka_enrich_database_swaps", "New files, used or refused.", labels=["what"])
-            looked.add_metric(["used"], self._databases.swaps)
-            looked.add_metric(["refused"], self._databases.refusals)
-            yield looked
+            built = {database.path: database.built.timestamp() for database in self._databases.in_use}
+            yield labelled(GaugeMetricFamily, "database_build_timestamp_seconds", "When built.", "path", built)
+            looked = {"used": self._databases.swaps, "refused": self._databases.refusals}
+            yield labelled(CounterMetricFamily, "database_swaps", "New files, used or refused.", "what", looked)
 
 
+def labelled(family: Callable[..., Any], name: str, text: str, label: str, values: Mapping[str, float]) -> Any:
+    """Make a metric that has a value for each of its label's."""
+    metric = family(f"kafka_enrich_{name}", text, labels=[label])
+    for value, number in values.items():
+        metric.add_metric([value], number)
+    return metric
+
+
+REBALANCES = prometheus_client.Counter("kafka_enrich_rebalances", "Times that partitions came or went.")
+REFUSED = prometheus_client.Counter("kafka_enrich_refused_records", "Records that a topic refused.")
 COMMIT_SECONDS = Histogram("kafka_enrich_commit_seconds", "Commits, each with all that was produced since the last.")
 LOOKUP_SECONDS = Histogram(
     "kafka_enrich_lookup_seconds",

@@ -743,6 +743,34 @@ def test_lookups_that_fail_are_waited_for(
     assert all("error" not in json.loads(value or b"") for _, value in topics.read())
 
 
+@pytest.mark.parametrize("guarantee", GUARANTEES)
+def test_partitions_move_while_lookups_are_waited_for(
+    kafka_enrich_program: Program, topics: Topics, api: Api, guarantee: str
+) -> None:
+    api.reply = lambda _path: Reply(b"", 429, {"Retry-After": "1"})
+    written = records(90)
+    topics.write(written[:30])
+    environment = {**topics.environment(), **TAIL, "IPAPI_URL": api.url, "ON_LOOKUP_FAILED": "wait"}
+    first, second = (kafka_enrich_program.start(**environment, DELIVERY_GUARANTEE=guarantee) for _ in range(2))
+    wait_until(lambda: shares(topics) == [2, 2])
+    topics.write(written[30:60])
+    asked = len(api.asked)
+    wait_until(lambda: len(api.asked) > asked + 5)
+    first.terminate()
+    assert ended(first).exit_code == 0
+    wait_until(lambda: shares(topics) == [4])
+    asked = len(api.asked)
+    wait_until(lambda: len(api.asked) > asked + 1)
+    assert topics.end_offset() == 0
+    api.reply = lambda _path: Reply(LOCATED)
+    wait_until(lambda: addresses(topics).total() == 60)
+    topics.write(written[60:])
+    wait_until(lambda: addresses(topics).total() == 90)
+    second.terminate()
+    assert ended(second).exit_code == 0
+    assert addresses(topics) == each_once(written)
+
+
 def test_failed_lookup_stops_where_that_is_wanted(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
     api.reply = lambda path: Reply(LOCATED) if "8.8.8.8" in path else Reply(b"", 403)
     topics.write([(b"key", b"8.8.8.8"), (b"key", b"8.8.4.4"), (b"key", b"10.0.0.1")])

@@ -49,8 +49,6 @@ def test_metrics_count_what_becomes_of_records(topics: Topics, kafka_enrich_prog
     assert found["kafka_enrich_rebalances_total"] == 1
     assert found[f"kafka_enrich_database_build_timestamp_seconds {SAMPLE_DATABASE}"] > 1.6e9
     assert found["kafka_enrich_database_swaps_total used"] == found["kafka_enrich_database_swaps_total refused"] == 0
-    assert 0 <= found["kafka_enrich_seconds_since_last_record"] < 60
-    assert 0 <= found["kafka_enrich_seconds_since_last_commit"] < 60
     assert found["process_resident_memory_bytes"] > 1e7
     assert any(name.startswith("kafka_enrich_build_info 0.21.1 ") for name in found)
     process.terminate()

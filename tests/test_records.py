@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from confluent_kafka import Message, TopicPartition
+from confluent_kafka import Consumer, Message, TopicPartition
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -371,24 +371,32 @@ def test_nothing_gets_past_a_record_that_waits_for_the_source(
     caplog.set_level("INFO")
     settings = read_settings({"ON_LOOKUP_FAILED": "wait", "COMMIT_SECONDS": "60"})
     worker = Worker(settings, "process", 0, threading.Event())
+    worker.consumer = Consumer({"group.id": "none"}, logger=kafka_enrich.LIBRDKAFKA_LOG)
 
     def item(partition: int, offset: int, result: str = "located") -> Enriched:
         return Message(topic="t", partition=partition, offset=offset), (b"", result)
 
+    def kept() -> list[tuple[int | None, int | None]]:
+        return [(record.partition(), record.offset()) for record in worker.again]
+
     first, second = item(0, 5), item(0, 7)
     assert worker.set_aside([first, item(0, 6, WAITS), second, item(1, 3)]) == [first]
     assert worker.set_aside([item(0, 8), item(2, 1)]) == []  # the rest of a batch that the engine cut in two
-    assert worker.unread == {0: 6, 1: 3, 2: 1}
+    assert kept() == [(0, 6), (0, 7), (1, 3), (0, 8), (2, 1)]
     assert worker.why_unwell() == "worker process-0 waits for the source of locations"
-    worker.unread.clear()
-    again = [item(0, 6), second, item(0, 8)]
-    assert worker.set_aside([*again, item(1, 3, WAITS)]) == again
+    worker.again.clear()
+    again = [item(0, 6), second]
+    assert worker.set_aside([*again, item(1, 3, WAITS), item(0, 8), item(2, 1)]) == again
+    assert kept() == [(1, 3), (0, 8), (2, 1)]
     assert worker.why_unwell()
-    worker.unread.clear()
-    assert len(worker.set_aside([item(1, 3), item(2, 1)])) == 2
+    worker.again.clear()
+    assert len(worker.set_aside([item(1, 3), item(0, 8), item(2, 1)])) == 3
     assert [line.split(": ")[1] for line in caplog.messages] == ["", "the source of locations answers again"]
     assert worker.why_unwell() is None
-    worker.set_aside([item(3, 1, WAITS)])
+    worker.set_aside([item(3, 1, WAITS), item(4, 1)])
+    worker.forget([TopicPartition("t", 4)])
+    assert kept() == [(3, 1)]
     assert worker.why_unwell()
     worker.forget([TopicPartition("t", 3)])
     assert worker.why_unwell() is None
+    worker.consumer.close()
