@@ -400,3 +400,14 @@ def test_nothing_gets_past_a_record_that_waits_for_the_source(
     worker.forget([TopicPartition("t", 3)])
     assert worker.why_unwell() is None
     worker.consumer.close()
+
+
+@pytest.mark.parametrize(("lag", "seconds"), [({0: 9_999}, 0.1), ({0: 5_000, 1: 5_000}, 0.3)])
+def test_worker_that_is_far_behind_commits_less_often(lag: dict[int, int], seconds: float) -> None:
+    worker = Worker(read_settings({"DELIVERY_GUARANTEE": "exactly_once"}), "process", 0, threading.Event())
+    worker.consumer = Consumer({"group.id": "none"}, logger=kafka_enrich.LIBRDKAFKA_LOG)
+    worker.consumer.subscribe(["none"])
+    worker.lag = lag
+    assert worker.next_batch() == []
+    assert worker.commit_at - worker.last_turn == pytest.approx(seconds)
+    worker.consumer.close()
