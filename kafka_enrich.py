@@ -350,8 +350,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         self.remaining: dict[int, range] | None = None  # of a bounded run: what the group has not committed
         self.total = 0  # records that remained at its start
         self.produced: dict[int, int] = {}  # by partition: the offset after the last record that was produced
-        self.began: dict[int, int] = {}  # by partition: what was committed before the first commit of this run
-        self.committed: dict[int, int] = {}
+        self.committed: dict[int, int] = {}  # by partition: the offset that the group has committed, if that is known
         self.pending: Counter[str] = Counter()  # results since the last commit
         self.counts = Counter[str]()  # results that are committed
         self.broken = ""  # why everything since the last commit has to be done again
@@ -404,6 +403,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             self.commit()
         if now >= self.ask_at:
             self.ask_at = now + ASK_SECONDS
+            self.producer.poll(0)  # what it says of its connections, where nothing is produced
             self.note_lag()
             self.ask()
         if self.remaining == {}:  # the group has committed the end of every partition as it was at the start
@@ -501,13 +501,13 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             self.read_on_or_pause()
             log.warning("worker %s waits for the source of locations: %s", self.name, why.decode())
         elif waited and not self.again:
-            self.waits_since = math.inf
             self.read_on_or_pause()
             log.info("worker %s: the source of locations answers again", self.name)
         return answered
 
     def read_on_or_pause(self) -> None:
         """Read no more records as long as some wait for the source of locations, but serve the group."""
+        self.waits_since = self.waits_since if self.again else math.inf
         (self.consumer.pause if self.again else self.consumer.resume)(self.consumer.assignment())
 
     def commit(self) -> bool:
@@ -517,13 +517,9 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         the two repeats those. Exactly once: records and offsets become visible together, or never. False where it did
         not work: it is tried again the next time, or everything since the last one done again.
         """
-        offsets = [
-            TopicPartition(self.input_topic, partition, offset)
-            for partition, offset in self.produced.items()
-            if offset != self.committed.get(partition)
-        ]
         if self.broken:
             return False
+        offsets = self.uncommitted()
         if not offsets:
             self.up_to_date = self.up_to_date if self.trouble else time.monotonic()
             return True
@@ -547,6 +543,11 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         COMMIT_SECONDS.observe(self.last_commit - began)
         self.all_is_well()
         return True
+
+    def uncommitted(self) -> list[TopicPartition]:
+        """Find what a commit has to tell the group."""
+        new = self.produced.items() - self.committed.items()
+        return [TopicPartition(self.input_topic, partition, offset) for partition, offset in new]
 
     def flush(self) -> None:
         """Wait until the brokers have acknowledged every record that was produced.
@@ -598,6 +599,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             return
         for forgotten in (self.produced, self.committed, self.pending, self.again):
             forgotten.clear()
+        self.read_on_or_pause()
         self.broken = ""
 
     def learn_why(self) -> None:
@@ -658,7 +660,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
 
     def lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Give up what is not committed: another member may have begun with it."""
-        if self.settings.exactly_once and self.produced != self.committed:
+        if self.settings.exactly_once and self.uncommitted():
             self.broken = "partitions were lost"
         log.warning("worker %s was put out of the group, and joins again", self.name)
         self.forget(partitions)
@@ -669,8 +671,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         REBALANCES.inc()
         gone = {part.partition for part in partitions}
         self.again = [record for record in self.again if record.partition() not in gone]
-        self.waits_since = self.waits_since if self.again else math.inf
-        for known in (self.ends, self.produced, self.began, self.committed, self.lag):
+        for known in (self.ends, self.produced, self.committed, self.lag):
             for partition in gone & known.keys():
                 del known[partition]
 
@@ -685,7 +686,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             if self.trouble:  # one time-out by itself is none
                 self.in_trouble(reason_of(error))
             return
-        if self.trouble and self.produced == self.committed:  # else the next commit tells
+        if self.trouble and not self.uncommitted():  # else the next commit tells
             self.all_is_well()
         if self.remaining:
             ranges = ((part, self.remaining[part.partition]) for part in found)
@@ -694,20 +695,19 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
 
     def note_lag(self) -> None:
         """Note how many records of each partition are not committed, up to the ends that the last fetch has told."""
-        known = {**self.began, **self.committed}
-        new = [part for part in self.consumer.assignment() if part.partition not in known]
+        new = [part for part in self.consumer.assignment() if part.partition not in self.committed]
         if new and time.monotonic() - self.last_commit > LAG_SECONDS:  # a question may take half a second
             with suppress(KafkaException):
                 for part in committed_offsets(self.asks, new, ASK_SECONDS):
-                    self.began[part.partition] = max(part.offset, 0)
-        for number, offset in {**self.began, **self.committed}.items():
+                    self.committed[part.partition] = max(part.offset, 0)
+        for number, offset in self.committed.items():
             _, end = self.consumer.get_watermark_offsets(TopicPartition(self.input_topic, number), cached=True)
             self.lag[number] = max(0, end - offset)
 
     def complain(self, error: KafkaError) -> None:
         """Take what librdkafka says of its connections."""
-        if error.code() in UNREACHABLE:
-            self.in_trouble(error.str())
+        if error.code() in UNREACHABLE:  # librdkafka counts only the brokers that it has heard of
+            self.in_trouble("no broker answers" if error.code() == KafkaError._ALL_BROKERS_DOWN else error.str())
 
     def in_trouble(self, reason: str) -> None:
         """Say that Kafka does not answer: once when it begins, and once a minute."""

@@ -771,6 +771,21 @@ def test_partitions_move_while_lookups_are_waited_for(
     assert addresses(topics) == each_once(written)
 
 
+def test_record_that_was_refused_is_named_while_lookups_are_waited_for(
+    kafka_enrich_program: Program, topics: Topics, api: Api
+) -> None:
+    """What is done again begins from the committed offsets, also where records were kept that waited."""
+    topics.create(refusing := f"{topics.output}-refusing", configs={"max.message.bytes": "2000"})
+    api.reply = lambda path: Reply(LOCATED) if "8.8.8.8" in path else Reply(b"", 429, {"Retry-After": "1"})
+    large = b'{"ip":"8.8.8.8","text":"%s"}' % (b"x" * 5000)
+    written = topics.write([(b"key", large), (b"key", b'{"ip":"8.8.4.4"}')])
+    environment = {**topics.environment(), "KAFKA_OUTPUT_TOPIC": refusing, "IP_FIELD": "ip", "IPAPI_URL": api.url}
+    enriched = kafka_enrich_program(**environment, **TAIL, ON_LOOKUP_FAILED="wait")
+    assert enriched.exit_code == 1
+    assert f"{topics.input}[{written[0].partition}] offset 0 is refused by topic" in enriched.errors.splitlines()[-1]
+    assert enriched.errors.count("waits for the source of locations: ") == 2
+
+
 def test_failed_lookup_stops_where_that_is_wanted(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
     api.reply = lambda path: Reply(LOCATED) if "8.8.8.8" in path else Reply(b"", 403)
     topics.write([(b"key", b"8.8.8.8"), (b"key", b"8.8.4.4"), (b"key", b"10.0.0.1")])

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from confluent_kafka import Consumer, Message, TopicPartition
+from confluent_kafka import Consumer, Message, Producer, TopicPartition
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -398,6 +398,7 @@ def test_nothing_gets_past_a_record_that_waits_for_the_source(
     assert kept() == [(3, 1)]
     assert worker.why_unwell()
     worker.forget([TopicPartition("t", 3)])
+    worker.read_on_or_pause()
     assert worker.why_unwell() is None
     worker.consumer.close()
 
@@ -407,6 +408,7 @@ def test_worker_that_is_far_behind_commits_less_often(lag: dict[int, int], secon
     worker = Worker(read_settings({"DELIVERY_GUARANTEE": "exactly_once"}), "process", 0, threading.Event())
     worker.consumer = Consumer({"group.id": "none"}, logger=kafka_enrich.LIBRDKAFKA_LOG)
     worker.consumer.subscribe(["none"])
+    worker.producer = Producer({}, logger=kafka_enrich.LIBRDKAFKA_LOG)
     worker.lag = lag
     assert worker.next_batch() == []
     assert worker.commit_at - worker.last_turn == pytest.approx(seconds)
