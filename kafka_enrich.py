@@ -37,6 +37,7 @@ import functools
 import gc
 import hashlib
 import importlib.metadata
+import io
 import ipaddress
 import itertools
 import json
@@ -75,7 +76,7 @@ from bytewax.outputs import DynamicSink, StatelessSinkPartition
 from bytewax.testing import cluster_main
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AclOperation, AdminClient
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from msgspec import Meta
 from prometheus_client import REGISTRY, Histogram, Info, Metric, make_wsgi_app, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -147,7 +148,8 @@ class KafkaOutputConfig(DynamicSink[Enriched]):
 RESULTS = tuple(
     "located tombstone invalid_ip reserved_ip not_found lookup_failed missing_ip invalid_record field_exists".split()
 )
-UNCHANGED = {  # events that pass as they are: the first of each kind is told, for nobody may have meant that
+TOLD = {  # the first record of each of these is told, for nobody may have meant that
+    "invalid_ip": "no address; of events IP_FIELD says where it stands",
     "missing_ip": "no address at IP_FIELD",
     "invalid_record": "no JSON object",
     "field_exists": "LOCATION_FIELD is there already",
@@ -213,8 +215,8 @@ class Locations:
             answer = self._answer(value)
         except LookupFailed as failure:  # only where ON_LOOKUP_FAILED is wait
             return record, (str(failure).encode(), WAITS)
-        if answer[1] in UNCHANGED and answer[1] not in self._told:
-            why = "it begins with Schema Registry's frame" if value.startswith(b"\0") else UNCHANGED[answer[1]]
+        if answer[1] in TOLD and answer[1] not in self._told:
+            why = "it begins with Schema Registry's frame" if value.startswith(b"\0") else TOLD[answer[1]]
             self._tell(f"{record.topic()}[{record.partition()}] offset {record.offset()}", answer[1], why)
         return record, answer
 
@@ -439,7 +441,8 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         if error.code() == KafkaError._PARTITION_EOF:
             self.ends[message.partition() or 0] = message.offset() or 0
         elif error.fatal() or error.code() in GROUP_REFUSALS:
-            raise RunError(f"{group} cannot be joined: {error.str()}")
+            who = "; does another copy have its group.instance.id?" if "instance" in error.str() else ""
+            raise RunError(f"{group} cannot be joined: {error.str()}{who}")
         elif error.code() in REFUSALS:
             raise RunError(f"topic {self.input_topic!r} cannot be read: {error.str()}")
         else:
@@ -990,16 +993,22 @@ GUARDED = set(
 
 def with_settings_file(env: Mapping[str, str], path: Path) -> dict[str, str]:
     """Add to the environment what a settings file says, of which the environment has the last word."""
+    found = dict[str, str]()
     try:
-        found = dotenv_values(path, interpolate=False)
+        lines = list(parse_stream(io.StringIO(path.read_text("utf-8")))) if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from None
-    for name, value in found.items():
-        if value is None:
-            raise SettingsError(f"{path}: {name!r} has no value")
-        if not (name in NAMES or name in FORMER or name.startswith(PROPERTIES)):
-            raise SettingsError(f"{path}: {name!r} is no setting{meant(name)}")
-    return {**{name: value for name, value in found.items() if value is not None}, **env}
+    for line in lines:
+        if line.error:
+            raise SettingsError(f"{path}: in or after line {line.original.line} is something else than NAME=value")
+        if line.key is None:  # a comment
+            continue
+        if line.value is None:
+            raise SettingsError(f"{path}: {line.key!r} has no value")
+        if not (line.key in NAMES or line.key in FORMER or line.key.startswith(PROPERTIES)):
+            raise SettingsError(f"{path}: {line.key!r} is no setting{meant(line.key)}")
+        found[line.key] = line.value
+    return {**found, **env}
 
 
 def meant(name: str) -> str:
@@ -1024,8 +1033,7 @@ def read_settings(env: Mapping[str, str]) -> Settings:
         values[prefix[:-1].lower()] = {its: env[name] for name, its in names.items()}
         wrong += [f"{name}{why}" for name, its in names.items() if (why := why_refused(its, env[name]))]
     settings = Settings(**values)
-    wrong += contradictions(settings)
-    if wrong:
+    if wrong := wrong or contradictions(settings):
         raise SettingsError("\n".join(wrong))
     return settings
 
@@ -1071,7 +1079,11 @@ def doubtful_names(env: Mapping[str, str]) -> list[str]:
     """Find variables that look like a misspelt setting, or that were one, and say what to do."""
     lines = [f"{name} is ignored: {why}" for name, why in FORMER.items() if name in env]
     others = sorted(name for name in env.keys() - NAMES.keys() - FORMER.keys() if not name.startswith(PROPERTIES))
-    return lines + [f"{name} is no setting{meant(name)}" for name in others if meant(name)]
+    lines += [f"{name} is no setting{meant(name)}" for name in others if meant(name)]
+    protocols = [env[name] for name in env if name.endswith("_SECURITY_PROTOCOL") and name.startswith(PROPERTIES)]
+    if any(re.match("KAFKA_[A-Z]+_SASL_", name) for name in env) and "SASL" not in "".join(protocols).upper():
+        lines.append("KAFKA_CLIENT_SASL_* is of no use without KAFKA_CLIENT_SECURITY_PROTOCOL=SASL_SSL")
+    return lines
 
 
 # --- Addresses --------------------------------------------------------------------------------------------------
@@ -1125,7 +1137,7 @@ def find_address(text: str) -> Address:
         with suppress(ValueError, RecursionError):
             text = address_in(msgspec.json.decode(text))
     first = None
-    for part in text.split(","):
+    for part in text.split(",") if "{" not in text else ():  # of an object any text may look like one
         found = parse_address(part)
         if found and found[2]:
             return found
@@ -1190,8 +1202,9 @@ def as_asn(value: object) -> str | None:
 
 def in_eu(value: object) -> bool | None:
     """Read a flag, or whether a country of MaxMind's schema is in the European Union: only those that are say so."""
-    flag = bool(value.get("is_in_european_union")) if isinstance(value, dict) else value
-    return flag if isinstance(flag, bool) else None
+    if isinstance(value, dict):  # with a geoname_id it is MaxMind's
+        value = value.get("is_in_european_union", False if "geoname_id" in value else None)
+    return value if isinstance(value, bool) else None
 
 
 def anything(value: object) -> object:
@@ -1281,14 +1294,14 @@ class Database:
 
     def __init__(self, path: str, settings: "Settings") -> None:
         self.path, self._read = path, location_reader(settings.fields, settings.geoip_language)
-        nowhere = unknown_location(settings.fields)
+        self._nowhere = unknown_location(settings.fields)
         self.mark = self.seen = mark_of(path)  # of the file that was opened or refused last, and at the last look
         try:
             self._reader = open_copy(path)
             metadata = self._reader.metadata()
             self.kind, self._version = metadata.database_type, metadata.ip_version
             self.built = datetime.fromtimestamp(metadata.build_epoch, timezone.utc)
-            usable = any(self.find(address, nowhere) != nowhere for address in sample(self._reader))
+            usable = any(location != self._nowhere for location in self.sample())
         except OSError as error:
             raise SettingsError(f"GEOIP_DATABASE: {path} cannot be read: {error.strerror}") from None
         except (ValueError, OverflowError, maxminddb.InvalidDatabaseError, LookupFailed):
@@ -1296,8 +1309,14 @@ class Database:
         if mark_of(path) != self.mark:
             raise SettingsError(f"GEOIP_DATABASE: {path} is being written")
         if not usable:
-            raise SettingsError(f"GEOIP_DATABASE: {path}, {self.kind}, has none of FIELDS")
+            raise SettingsError(f"GEOIP_DATABASE: {path}, {self.kind}, has none of FIELDS={settings.fields}")
         log.info("locating with %s, %s of %s", path, self.kind, self.built.date())
+
+    def sample(self) -> Iterator[Location]:
+        """Find what the first networks have, and then all of IPv4 in large steps."""
+        first = (str(network[0]) for network, _ in itertools.islice(self._reader, SAMPLE))
+        steps = (str(ipaddress.IPv4Address(number)) for number in range(0, 1 << 32, (1 << 32) // SAMPLE))
+        return (self.find(address, self._nowhere) for address in itertools.chain(first, steps))
 
     def find(self, address: str, known: Location) -> Location:
         """Find what the database adds to what is known of an address."""
@@ -1334,12 +1353,6 @@ def open_copy(path: str) -> maxminddb.Reader:
         shutil.copyfileobj(file, copy, 1 << 20)
         copy.flush()
         return maxminddb.open_database(f"/dev/fd/{copy.fileno()}", maxminddb.MODE_MMAP_EXT)
-
-
-def sample(reader: maxminddb.Reader) -> Iterator[str]:
-    """Choose addresses: of the first networks, and then of all of IPv4 in large steps."""
-    yield from (str(network[0]) for network, _ in itertools.islice(reader, SAMPLE))
-    yield from (str(ipaddress.IPv4Address(number)) for number in range(0, 1 << 32, (1 << 32) // SAMPLE))
 
 
 class Databases:
@@ -1584,8 +1597,9 @@ def report(workers: list[Worker], locations: Locations, over: threading.Event) -
     while not over.wait(REPORT_SECONDS):
         end_a_standstill(workers)
         records = sum(worker.counts.total() for worker in workers)
-        lag = sum(sum(worker.lag.values()) for worker in workers)
-        log.info("%.0f/s, lag %d; %s", (records - before) / REPORT_SECONDS, lag, summary(workers, locations))
+        lags = [lag for worker in workers for lag in list(worker.lag.values())]
+        lag = f"lag {sum(lags)}" if lags else "no partitions"
+        log.info("%.0f/s, %s; %s", (records - before) / REPORT_SECONDS, lag, summary(workers, locations))
         before = records
 
 
@@ -1660,12 +1674,15 @@ def serve_metrics(port: int, metrics: Metrics, workers: list[Worker]) -> None:
     try:
         server, _ = start_http_server(port)
     except OSError as error:
-        raise SettingsError(f"METRICS_PORT={port} cannot be used: {error.strerror}") from None
+        raise RunError(f"METRICS_PORT={port} cannot be used: {error.strerror}") from None
     serve = make_wsgi_app()
 
     def serve_health(environ: dict[str, Any], start_response: Any) -> Any:
-        if environ["PATH_INFO"] != "/healthz":
+        if environ["PATH_INFO"] == "/metrics":
             return serve(environ, start_response)
+        if environ["PATH_INFO"] != "/healthz":
+            start_response("404 Not Found", [("Content-Type", "text/plain")])
+            return [b"here are /metrics and /healthz\n"]
         reasons = [reason for worker in workers if (reason := worker.why_unwell())]
         start_response("503 Service Unavailable" if reasons else "200 OK", [("Content-Type", "text/plain")])
         return [f"{'; '.join(reasons) or 'ok'}\n".encode()]
@@ -1932,9 +1949,20 @@ def check(settings: Settings) -> None:
         print(f"topic {name}: {len(found.topics[name].partitions)} partitions")
     lag = sum(map(len, remaining(asks, asks, topic).values()))
     print(f"group {group}: members {members}, lag {lag}")
-    for database in databases.in_use if databases else ():
-        print(f"database {database.path}: {database.kind} of {database.built.date()}")
     print(f"fields: {', '.join(split_names(settings.fields))}")
+    if databases is None:
+        print(f"locations: {settings.ipapi_url}, which is not asked here")
+        return
+    for database in databases.in_use:
+        print(f"database {database.path}: {database.kind} of {database.built.date()}")
+    unseen = set(unknown_location(settings.fields))
+    with suppress(LookupFailed):  # at a damaged record
+        for location in itertools.chain.from_iterable(database.sample() for database in databases.in_use):
+            unseen -= {field for field, value in location.items() if value is not None}
+            if not unseen:
+                break
+    if unseen:
+        print(f"in a sample of their records not found: {', '.join(sorted(unseen))}")
 
 
 def try_out(settings: Settings, values: Iterable[bytes]) -> None:
@@ -1962,7 +1990,9 @@ def main() -> int:
     what.add_argument("values", nargs="*", type=os.fsencode, default=[])
     arguments = parser.parse_args()
     if arguments.help:
-        lines = [f"  {name:27}  {hint.__metadata__[0].description}" for name, hint in NAMES.items()]
+        chosen = {name: getattr(Settings(), name.lower()) for name in NAMES}
+        default = {name: f" (default: {value})" if value else "" for name, value in chosen.items()}
+        lines = [f"  {name:27}  {its.__metadata__[0].description}{default[name]}" for name, its in NAMES.items()]
         lines += [f"  {prefix + '*':27}  a property of librdkafka" for prefix in PROPERTIES]
         print(__doc__ or "", "Settings:\n", *lines, sep="\n")
         return 0
@@ -1970,7 +2000,7 @@ def main() -> int:
     settings = read_settings(environment)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     log.setLevel(settings.log_level)
-    LIBRDKAFKA_LOG.setLevel(logging.DEBUG if settings.log_level == "DEBUG" else logging.CRITICAL)
+    LIBRDKAFKA_LOG.disabled = settings.log_level != "DEBUG"
     for line in doubtful_names(environment):
         log.warning("%s", line)
     stop = Stop(settings)

@@ -188,7 +188,8 @@ def test_every_field_of_every_schema(tmp_path: Path, schema: str) -> None:
 @pytest.mark.parametrize(
     ("record", "location"),
     [
-        ({"country": {"iso_code": "US"}}, {"country_code": "US", "in_eu": False}),
+        ({"country": {"iso_code": "US", "geoname_id": 6252001}}, {"country_code": "US", "in_eu": False}),
+        ({"country": {"iso_code": "DE"}}, {"country_code": "DE", "in_eu": None}),
         ({"registered_country": GERMANY}, {"country_code": "DE", "in_eu": True}),
         ({"continent": EUROPE}, {"continent_code": "EU", "country_code": None}),
         ({"in_eu": True, "country": "DE"}, {"in_eu": True}),
@@ -356,7 +357,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("record", [{"autonomous_system_number": 1}, {"isp": "x"}, "DE", [1]])
 def test_database_with_none_of_the_fields(tmp_path: Path, record: Any) -> None:
     path = write_database(tmp_path / "other.mmdb", {"8.8.8.0/24": record}, kind="GeoLite2-ASN")
-    assert refusal(path).endswith("GeoLite2-ASN, has none of FIELDS")
+    assert refusal(path).endswith("GeoLite2-ASN, has none of FIELDS=city,region,country_name")
 
 
 def test_one_of_several_is_refused(tmp_path: Path) -> None:

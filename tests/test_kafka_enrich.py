@@ -529,6 +529,17 @@ def test_two_copies_share_a_topic(kafka_enrich_program: Program, topics: Topics)
     assert counted(left)[0] + counted(stayed)[0] == 600
 
 
+def test_copy_without_partitions_does_not_say_that_nothing_waits(
+    kafka_enrich_program: Program, topic_names: Topics
+) -> None:
+    for name in (topic_names.input, topic_names.output):
+        topic_names.create(name, partitions=1)
+    for reported in ("lag 0; 0 records", "no partitions; 0 records"):
+        copy = kafka_enrich_program.start(**topic_names.environment(), **DATABASE, **TAIL)
+        assert copy.stderr
+        assert any(reported in line for line in copy.stderr)  # until it ends, or it is time to give up
+
+
 def test_copy_whose_instance_another_one_takes_ends(kafka_enrich_program: Program, topics: Topics) -> None:
     environment = {**topics.environment(), **DATABASE, **TAIL, **INSTANCE}
     first = kafka_enrich_program.start(**environment)

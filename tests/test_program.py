@@ -85,9 +85,19 @@ def test_check_says_what_there_is_and_starts_nothing(kafka_enrich_program: Progr
         f"topic {topics.input}: 4 partitions",
         f"topic {topics.output}: 4 partitions",
         f"group {topics.input}-to-{topics.output}: members 0, lag 5",
-        f"database {SAMPLE_DATABASE}: Sample-City of 2026-11-23",
         "fields: city, asn",
+        f"database {SAMPLE_DATABASE}: Sample-City of 2026-11-23",
+        "in a sample of their records not found: asn",
     ]
+
+
+def test_check_without_a_database_asks_nobody(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
+    checked = kafka_enrich_program("--check", **topics.environment(), IPAPI_URL=api.url)
+    assert checked.output.splitlines()[-2:] == [
+        "fields: city, region, country_name",
+        f"locations: {api.url}, which is not asked here",
+    ]
+    assert not api.asked
 
 
 def test_check_ends_as_a_start_would(kafka_enrich_program: Program, topic_names: Topics) -> None:
@@ -122,7 +132,7 @@ def test_metadata_names_the_packages_of_the_requirements(script: str) -> None:
     source = (PROJECT / script).read_text()
     [block] = re.findall(r"^# /// script\n((?:#(?: .*)?\n)*)# ///$", source, re.M)
     required = re.findall(r"^([\w-]+==[\d.]+)", (PROJECT / "requirements.txt").read_text(), re.M)
-    imported = {"kafka-python": "from kafka import", "python-dotenv": "from dotenv import"}
+    imported = {"kafka-python": "from kafka import", "python-dotenv": r"from dotenv\b"}
 
     def is_used(package: str) -> bool:
         module = package.partition("=")[0]

@@ -110,6 +110,8 @@ def test_output_is_utf8_not_escaped() -> None:
         (b"[]", "[]"),
         (b"[134744072]", "[134744072]"),
         (b"null", "null"),
+        (b'{"a":"b, 8.8.8.8, c"}', '{"a":"b, 8.8.8.8, c"}'),
+        (b'"{\\"a\\":[1, 8.8.8.8 ,2]}"', '"{\\"a\\":[1, 8.8.8.8 ,2]}"'),
         (b"8.8.8.8/32", "8.8.8.8/32"),
         (b"8.8.8.256", "8.8.8.256"),
         (b"8.8.8", "8.8.8"),
@@ -199,6 +201,14 @@ def test_reserved_ip(address: str) -> None:
 def test_reserved_block_ends_where_iana_says(before: str, first: str, last: str, after: str) -> None:
     for address, public in ((before, True), (first, False), (last, False), (after, True)):
         assert find_address(address) == (address, address, public)
+
+
+def test_event_where_no_field_is_set_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    answer = make()
+    for value in (b'{"ip":"9.9.9.9"}', b"no address"):
+        assert answer(value)[1] == "invalid_ip"
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith("t[0] offset 1 is not enriched: no address; of events IP_FIELD says where it stands")
 
 
 def test_not_found() -> None:

@@ -350,6 +350,21 @@ def test_port_that_others_need() -> None:
         read_settings({"METRICS_PORT": "65535", "PROCESSES": "2"})
 
 
+def test_bad_value_is_not_told_as_a_contradiction() -> None:
+    with pytest.raises(SettingsError) as raised:
+        read_settings({"IP_FIELD": "a,b", "LOCATION_FIELD": 'x"y,z'})
+    assert str(raised.value) == "LOCATION_FIELD='x\"y,z' is not the name of a member, or several"
+
+
+@pytest.mark.parametrize("prefix", ["KAFKA_CLIENT_", "KAFKA_CONSUMER_"])
+def test_password_that_would_not_be_used(prefix: str) -> None:
+    secured = {f"{prefix}SASL_MECHANISM": "PLAIN", f"{prefix}SASL_PASSWORD": "s3cret"}
+    [line] = doubtful_names(secured)
+    assert line == "KAFKA_CLIENT_SASL_* is of no use without KAFKA_CLIENT_SECURITY_PROTOCOL=SASL_SSL"
+    for protocol in ("SASL_SSL", "sasl_plaintext"):
+        assert doubtful_names({**secured, f"{prefix}SECURITY_PROTOCOL": protocol}) == []
+
+
 def test_settings_file_and_the_environment_wins(tmp_path: Path) -> None:
     path = tmp_path / "kafka_enrich.env"
     path.write_text(
@@ -375,6 +390,7 @@ def test_settings_file_need_not_be_there(tmp_path: Path) -> None:
     [
         (b"KAFKA_TAIL=1\n\nKAFAK_BROKERS=s3cret\n", "'KAFAK_BROKERS' is no setting; is KAFKA_BROKERS meant?"),
         (b"HOME=/s3cret\n", "'HOME' is no setting"),
+        (b"KAFKA_TAIL=1\nIPAPI_KEY: s3cret\n", "line 2 is something else than NAME=value"),
         (b"IPAPI_KEY\n", "'IPAPI_KEY' has no value"),
         (b"IPAPI_KEY=s3cret\xff\n", "cannot be read"),
     ],
