@@ -15,6 +15,7 @@ Exit codes: 0 all rows are in the topic, 1 not all are, 2 wrong usage, 3 all but
 
 import argparse
 import csv
+import io
 import ipaddress
 import logging.handlers
 import os
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from kafka import KafkaAdminClient, KafkaProducer
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 from tqdm import tqdm
@@ -181,8 +182,12 @@ def main() -> int:
     if not os.path.exists(options.file):
         parser.exit(2, f"load_data.py: {options.file}: there is no such file\n")
     try:
-        found = dotenv_values(Path(__file__).with_name("kafka_enrich.env"), interpolate=False)
-        settings = read_settings({name: value for name, value in {**found, **os.environ}.items() if value is not None})
+        path = Path(__file__).with_name("kafka_enrich.env")
+        lines = list(parse_stream(io.StringIO(path.read_text("utf-8") if path.exists() else "")))
+        if wrong := [line.original.line for line in lines if line.error]:
+            raise ValueError(f"{path}: in or after line {wrong[0]} is something else than NAME=value")
+        found = {line.key: line.value for line in lines if line.key and line.value is not None}
+        settings = read_settings({**found, **os.environ})
     except (OSError, ValueError) as error:
         parser.exit(2, f"load_data.py: {error}\n")
     # kafka-python logs why there is no connection, and its exception does not tell; that becomes one line.

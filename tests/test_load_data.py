@@ -238,8 +238,10 @@ def test_settings_file(load_data_program: Program, topic_names: Topics) -> None:
     path.write_text("".join(lines) + "GEOIP_DATABASE=city.mmdb\n")
     assert load_data_program(str(SAMPLE)).exit_code == 0
     assert topic_names.end_offset(topic_names.input) == len(list(rows(SAMPLE)))
-    path.write_bytes(b"KAFKA_BROKERS=\xff\n")
-    assert load_data_program(str(SAMPLE)).exit_code == 2
+    for unusable in (b"KAFKA_BROKERS=\xff\n", b"KAFKA_BROKERS: localhost:1\n", b"KAFKA_BROKERS=\n"):
+        path.write_bytes(unusable)
+        ended = load_data_program(str(SAMPLE))
+        assert (ended.exit_code, ended.errors.count("\n")) == (2, 1)
 
 
 def test_file_name_that_no_file_can_have(load_data_program: Program) -> None:
