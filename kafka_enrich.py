@@ -454,7 +454,8 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         self.output_topic, self.error_topic = topic, self.settings.kafka_error_topic
         self.errors = set(RESULTS) - {"located", "tombstone"} if self.error_topic else set[str]()
         self.producer_properties = producer_properties(self.settings, brokers, self.name)
-        self.lingers = not self.producer_properties.keys().isdisjoint(("linger.ms", "queue.buffering.max.ms"))
+        chosen = self.settings.kafka_client.keys() | self.settings.kafka_producer.keys()
+        self.lingers = not chosen.isdisjoint(("linger.ms", "queue.buffering.max.ms"))
         self.connect_producer()
         return self
 
@@ -874,6 +875,9 @@ def producer_properties(settings: "Settings", brokers: str, name: str) -> dict[s
     return {
         "message.max.bytes": 1_000_000_000,  # the topic's own limit decides
         "queue.buffering.max.kbytes": 262_144,  # what waits in memory for brokers
+        # A partition's next batch goes out when the one before it is acknowledged. Where that takes longer than this,
+        # librdkafka's thread does not sleep in between. Records that nothing follows are flushed, and do not wait.
+        "linger.ms": 50,
         # A broker that was frozen leads nothing for a moment, and who asks just then asks again after five minutes.
         "topic.metadata.refresh.interval.ms": 10_000,
         **settings.kafka_client,
