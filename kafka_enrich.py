@@ -876,8 +876,9 @@ def producer_properties(settings: "Settings", brokers: str, name: str) -> dict[s
         "message.max.bytes": 1_000_000_000,  # the topic's own limit decides
         "queue.buffering.max.kbytes": 262_144,  # what waits in memory for brokers
         # A partition's next batch goes out when the one before it is acknowledged. Where that takes longer than this,
-        # librdkafka's thread does not sleep in between. Records that nothing follows are flushed, and do not wait.
-        "linger.ms": 50,
+        # librdkafka's thread does not sleep in between. What comes in small batches is flushed, and does not wait; what
+        # comes one by one from the HTTP API is not, and keeps librdkafka's 5 ms.
+        **({"linger.ms": 50} if settings.geoip_database else {}),
         # A broker that was frozen leads nothing for a moment, and who asks just then asks again after five minutes.
         "topic.metadata.refresh.interval.ms": 10_000,
         **settings.kafka_client,
@@ -1119,6 +1120,7 @@ PUBLIC_FIRST_BYTES = {*range(224)} - {int(block.partition(".")[0]) for block in 
 EMBEDDED = ((bytes(10) + b"\xff\xff", 12), (bytes.fromhex("0064ff9b") + bytes(8), 12), (bytes.fromhex("2002"), 2))
 # How an address is written: in brackets with a port or without one, IPv4 with a port, or as it is.
 WRITTEN = re.compile(r"\[(\S+)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}|(\S+)")
+OBJECT = re.compile(r'[\s"]*\{.*\}[\s"]*', re.DOTALL)
 
 
 def edges(blocks: str) -> list[int]:
@@ -1141,7 +1143,7 @@ def find_address(text: str) -> Address:
         with suppress(ValueError, RecursionError):
             text = address_in(msgspec.json.decode(text))
     first = None
-    for part in text.split(",") if "{" not in text else ():  # of an object any text may look like one
+    for part in () if OBJECT.fullmatch(text) else text.split(","):  # a member of an object may look like one
         found = parse_address(part)
         if found and found[2]:
             return found
@@ -1602,7 +1604,7 @@ def report(workers: list[Worker], locations: Locations, over: threading.Event) -
         end_a_standstill(workers)
         records = sum(worker.counts.total() for worker in workers)
         lags = [lag for worker in workers for lag in list(worker.lag.values())]
-        lag = f"lag {sum(lags)}" if lags else "no partitions"
+        lag = f"lag {sum(lags)}" if lags else "lag unknown"
         log.info("%.0f/s, %s; %s", (records - before) / REPORT_SECONDS, lag, summary(workers, locations))
         before = records
 

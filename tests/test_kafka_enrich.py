@@ -33,6 +33,7 @@ from conftest import (
     ended,
     samples,
     wait_until,
+    write_database,
 )
 from harness import STOP_SECONDS, Reader
 from kafka_server import VERSION, KafkaServer, free_port
@@ -534,7 +535,7 @@ def test_copy_without_partitions_does_not_say_that_nothing_waits(
 ) -> None:
     for name in (topic_names.input, topic_names.output):
         topic_names.create(name, partitions=1)
-    for reported in ("lag 0; 0 records", "no partitions; 0 records"):
+    for reported in ("lag 0; 0 records", "lag unknown; 0 records"):
         copy = kafka_enrich_program.start(**topic_names.environment(), **DATABASE, **TAIL)
         assert copy.stderr
         assert any(reported in line for line in copy.stderr)  # until it ends, or it is time to give up
@@ -561,6 +562,7 @@ def test_group_whose_members_divide_partitions_in_another_way(kafka_enrich_progr
     line = only_line(kafka_enrich_program(**topics.environment(), **DATABASE, **TAIL))
     other.close()
     assert f"group {group!r} cannot be joined: " in line
+    assert line.endswith("; does another copy have its group.instance.id?")
     assert "Inconsistent group protocol" in line
 
 
@@ -797,6 +799,31 @@ def test_record_that_was_refused_is_named_while_lookups_are_waited_for(
     assert enriched.errors.count("waits for the source of locations: ") == 2
 
 
+@pytest.mark.parametrize("guarantee", GUARANTEES)
+def test_killed_while_a_record_waits_for_a_database(
+    kafka_enrich_program: Program, topics: Topics, tmp_path: Path, guarantee: str
+) -> None:
+    """What was read in one batch with it is committed as far as it stands before it."""
+    path, port = tmp_path / "city.mmdb", free_port()
+    networks = {"8.8.8.0/24": {"city": "A"}, "9.9.9.0/24": {"city": "damaged"}}
+    write_database(path, networks)
+    path.write_bytes(path.read_bytes().replace(b"damaged", b"\xff" * 7))
+    written: list[tuple[bytes | None, bytes | None]] = [(b"key", b"8.8.8.%d" % number) for number in range(4)]
+    written.insert(2, (b"key", b"9.9.9.9"))
+    topics.write(written)
+    environment = {**topics.environment(), "GEOIP_DATABASE": str(path), "DELIVERY_GUARANTEE": guarantee, **INSTANCE}
+    waits = {"ON_LOOKUP_FAILED": "wait", "COMMIT_SECONDS": "0.05", "METRICS_PORT": str(port)}
+    process = kafka_enrich_program.start(**environment, **TAIL, **waits)
+    # Four addresses are looked up with success or without, and what is not remembered each half second again.
+    wait_until(lambda: samples(port).get("kafka_enrich_lookup_seconds_count", 0) > 10)
+    assert samples(port)["kafka_enrich_records_total located"] == 2
+    process.kill()
+    process.communicate()
+    write_database(path, networks)
+    assert counted(kafka_enrich_program(**environment)) == [3]
+    assert addresses(topics) == each_once(written)
+
+
 def test_failed_lookup_stops_where_that_is_wanted(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:
     api.reply = lambda path: Reply(LOCATED) if "8.8.8.8" in path else Reply(b"", 403)
     topics.write([(b"key", b"8.8.8.8"), (b"key", b"8.8.4.4"), (b"key", b"10.0.0.1")])
@@ -830,6 +857,7 @@ def test_unknown_argument_and_help(kafka_enrich_program: Program) -> None:
     helped = kafka_enrich_program("--help", CACHE_SIZE="many")
     assert (helped.exit_code, helped.errors) == (0, "")
     assert all(name in helped.output for name in kafka_enrich.NAMES)
+    assert "(default: localhost:9092)" in helped.output
 
 
 @pytest.mark.parametrize(

