@@ -488,7 +488,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             self.pending.update([result for _, (_, result) in items])
             if self.lingers or len(items) * 10 > self.batch_size:
                 self.producer.poll(0)
-            else:  # little waits behind them, so they need not wait for linger.ms, which is half of a record's way
+            else:  # little waits behind them, so they need not wait for linger.ms
                 self.producer.flush(0.001)
         except KafkaException as error:  # the transaction has failed already, and all of it is done again
             report(record, error.args[0], Message(topic=topic))
