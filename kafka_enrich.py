@@ -54,9 +54,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from logging.handlers import BufferingHandler
@@ -155,7 +155,7 @@ TOLD = {  # the first record of each of these is told, for nobody may have meant
     "field_exists": "LOCATION_FIELD is there already",
 }
 TOMBSTONE: Answer = (None, "tombstone")
-WAITS = "waits"  # what is no result: the record is read again when the source of locations answers
+WAITS = "waits"  # what is no result: the record is kept until the source of locations answers
 LONGEST_ADDRESS = 64  # characters: 45 of an IPv6 address at most, and the name of a zone
 
 
@@ -175,14 +175,14 @@ class Locations:
             names = split_names(settings.location_field)
             self._read = event_reader([path_of(field) for field in split_names(settings.ip_field)], names)
             self._names = [b"," + msgspec.json.encode(name) + b":" for name in names]
-        self._cache_size, self._hits, self._metrics = settings.cache_size, 0, settings.metrics_port
+        self._cache_size, self._metrics = settings.cache_size, settings.metrics_port
         self.use(locate)
 
     def use(self, locate: Locate) -> None:
         """Look there from the next record on, and forget what was remembered of another source."""
 
         def locate_timed(address: str, public: bool) -> Location:
-            with LOOKUP_SECONDS.time():
+            with LOOKUPS.time():
                 return locate(address, public)
 
         # The source before the cache: what was found in the old source goes to the old cache, and with it.
@@ -240,13 +240,11 @@ class Locations:
         try:
             return self.remembered(address) if len(address) <= LONGEST_ADDRESS else self._look_up(address)
         except LookupFailed as failure:
-            ip, _, _ = find_address(text_of(address))
             if self._on_failure == "wait":
                 raise
+            ip, _, _ = find_address(text_of(address))
             if self._on_failure == "stop":
-                raise RunError(
-                    f"{ip} was not looked up: {failure}; a new start tries again (ON_LOOKUP_FAILED=stop)"
-                ) from None
+                raise RunError(f"{ip} was not looked up: {failure}; a new start tries again") from None
             self._tell(ip, "lookup_failed", failure)
             return self._write(ip, self._nowhere, "lookup_failed"), "lookup_failed"
 
@@ -255,6 +253,9 @@ class Locations:
         ip = text_of(address)
         try:
             ip, asked, public = find_address(ip)
+            alone = ip.encode() if isinstance(address, bytes) else ip
+            if alone != address and len(alone) <= LONGEST_ADDRESS:  # as each client has a port of its own
+                return self.remembered(alone)
             location = self._locate(asked, public)
             country = location[self._country] if self._country else None
             return self._write(ip, location, None), sys.intern(f"located {country}") if country else "located"
@@ -391,7 +392,8 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             for partition, end in self.ends.items():
                 self.produced[partition] = max(end, self.produced.get(partition, 0))
             self.ends.clear()
-        if self.stop.is_set():  # exactly once, what is not committed is aborted, and whoever reads on does it again
+        if self.stop.is_set() or self.remaining == {}:  # of a bounded run the group has committed all that there was
+            # Exactly once, what is not committed is aborted, and whoever reads on does it again.
             while not (self.commit() or self.broken or self.settings.exactly_once):
                 self.consumer.poll(0.1)  # a rebalance that is under way has to end before a commit
             raise StopIteration
@@ -401,16 +403,18 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             self.do_again()
             return []
         if now >= self.commit_at:
-            self.commit_at = now + self.settings.seconds_between_commits(sum(self.lag.values()))
+            if self.pending:  # what comes after a pause is committed at once, and what follows waits for its turn
+                self.commit_at = now + self.settings.seconds_between_commits(sum(self.lag.values()))
             self.commit()
         if now >= self.ask_at:
             self.ask_at = now + ASK_SECONDS
             self.producer.poll(0)  # what it says of its connections, where nothing is produced
             self.note_lag()
             self.ask()
-        if self.remaining == {}:  # the group has committed the end of every partition as it was at the start
-            raise StopIteration
-        records = [its for its in self.read() if (error := its.error()) is None or self.take_error(its, error)]
+        messages = self.read()
+        records = [message for message in messages if message.error() is None]
+        for message in messages if len(records) < len(messages) else ():
+            self.take_error(message)
         if self.again:
             self.again += records
             if now < self.again_at:
@@ -420,7 +424,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         return records
 
     def read(self) -> list[Message]:
-        """Read records and events, and let the group have its turn."""
+        """Read records, and what the consumer has to tell, and let the group have its turn."""
         messages = self.consumer.consume(self.batch_size, 0)
         if not messages:
             if self.remaining is not None:
@@ -435,9 +439,11 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             log.info("worker %s reads partitions %s", self.name, sorted(owned))
         return messages
 
-    def take_error(self, message: Message, error: KafkaError) -> bool:
+    def take_error(self, message: Message) -> None:
         """Take a message that is no record: the end of a partition, or an error of the consumer."""
-        group = f"group {self.settings.group!r}"
+        error, group = message.error(), f"group {self.settings.group!r}"
+        if error is None:
+            return
         if error.code() == KafkaError._PARTITION_EOF:
             self.ends[message.partition() or 0] = message.offset() or 0
         elif error.fatal() or error.code() in GROUP_REFUSALS:
@@ -447,7 +453,6 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             raise RunError(f"topic {self.input_topic!r} cannot be read: {error.str()}")
         else:
             log.info("worker %s: %s", self.name, error.str())
-        return False
 
     def connect_output(self, brokers: str, topic: str) -> "Worker":
         """Connect a producer to the topic of what is located, or passes unchanged."""
@@ -544,7 +549,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         self.counts.update(self.pending)
         self.pending.clear()
         self.last_commit = time.monotonic()
-        COMMIT_SECONDS.observe(self.last_commit - began)
+        COMMITS.observe(self.last_commit - began)
         self.all_is_well()
         return True
 
@@ -578,15 +583,15 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         if self.settings.exactly_once or isinstance(error, TimeoutError):
             self.broken = reason
         if code in REBALANCING:
-            log.info("worker %s does again what it had not committed: %s", self.name, reason)
+            log.info("worker %s could not commit: %s", self.name, reason)
         else:
             self.in_trouble(reason)
 
     def do_again(self) -> None:
         """Go back to the committed offsets with a new producer, which aborts what the old one left open."""
-        message = self.consumer.poll(RETRY_SECONDS)  # the group has its turn; what it returns is read again
-        if message is not None and (error := message.error()):
-            self.take_error(message, error)
+        message = self.consumer.poll(RETRY_SECONDS)  # the group has its turn; a record that it returns is read again
+        if message is not None:
+            self.take_error(message)
         self.ends.clear()
         try:
             if self.settings.exactly_once:
@@ -634,8 +639,8 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         if attempt != self.attempt:  # its producer was given up, and its records are done again
             return
         refused = error.code() in REFUSALS
-        REFUSED.inc(refused)
         if refused and record is not None:
+            REFUSED.inc()
             at = f"{record.topic()}:{record.partition()}"
             advice = "mend that; nothing after it is committed"
             if error.code() in RECORD_REFUSALS:
@@ -744,9 +749,9 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         if self.in_group:
             self.in_group = False  # a second call of close would take the consumer away from under the first
             with suppress(KafkaException, TimeoutError, RuntimeError):
-                within(LEAVE_LIMIT, self.leave)
+                within(LEAVE_LIMIT, self.leave_group)
 
-    def leave(self) -> None:
+    def leave_group(self) -> None:
         """Leave the group with or without partitions: close by itself says nothing where there are none."""
         if not self.consumer.assignment():
             self.consumer.unsubscribe()
@@ -763,9 +768,9 @@ def remaining(consumer: Consumer, asks: Consumer, topic: str) -> dict[int, range
     return found
 
 
-def partitions_of(consumer: Consumer, topic: str) -> list[TopicPartition]:
+def partitions_of(client: Consumer | Producer, topic: str) -> list[TopicPartition]:
     """Find the partitions of a topic that is there; one that is not may come about by the question."""
-    return [TopicPartition(topic, its) for its in consumer.list_topics(topic, CONNECT_SECONDS).topics[topic].partitions]
+    return [TopicPartition(topic, its) for its in client.list_topics(topic, CONNECT_SECONDS).topics[topic].partitions]
 
 
 def committed_offsets(consumer: Consumer, partitions: list[TopicPartition], seconds: float) -> list[TopicPartition]:
@@ -844,7 +849,7 @@ def consumer_properties(settings: "Settings", brokers: str, number: int | None =
         "session.timeout.ms": 10_000,  # how long the partitions of a killed copy rest
     }
     return {
-        **(classic if chosen.get("group.protocol", "classic") == "classic" else {}),
+        **(classic if chosen.get("group.protocol", "classic").lower() == "classic" else {}),
         "topic.metadata.refresh.interval.ms": 10_000,  # how long new partitions are not seen
         # Each message that waits takes some 250 bytes beside its own, so that few wait, and more are fetched in time:
         # librdkafka looks once a second by itself, in which all that it may fetch at once has to wait. Where messages
@@ -855,7 +860,7 @@ def consumer_properties(settings: "Settings", brokers: str, number: int | None =
         **chosen,
         "bootstrap.servers": brokers,
         "group.id": settings.group,
-        "auto.offset.reset": "earliest",  # check_kafka does what latest is for
+        "auto.offset.reset": "earliest",  # start_from_now does what latest is for
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
         "enable.partition.eof": True,
@@ -1663,8 +1668,8 @@ def labelled(family: Callable[..., Any], name: str, text: str, label: str, value
 
 REBALANCES = prometheus_client.Counter("kafka_enrich_rebalances", "Times that partitions came or went.")
 REFUSED = prometheus_client.Counter("kafka_enrich_refused_records", "Records that a topic refused.")
-COMMIT_SECONDS = Histogram("kafka_enrich_commit_seconds", "Commits, each with all that was produced since the last.")
-LOOKUP_SECONDS = Histogram(
+COMMITS = Histogram("kafka_enrich_commit_seconds", "Commits, each with all that was produced since the last.")
+LOOKUPS = Histogram(
     "kafka_enrich_lookup_seconds",
     "Look-ups that the cache had no answer to.",
     buckets=(0.00001, 0.0001, 0.001, 0.01, 0.1, 0.5, 1, 2, 4),  # a database takes some µs, the HTTP API up to 4 s
@@ -1725,19 +1730,27 @@ class Stop(threading.Event):
             threading.Timer(STOP_SECONDS, self._leave).start()
 
     def _leave(self) -> NoReturn:
-        log.error("stopped while Kafka was away: the next start does again what was not committed")
+        log.error("did not end within %.0f s: the next start does again what was not committed", STOP_SECONDS)
         leave(1)
 
 
+def prepare(settings: Settings) -> None:
+    """Check what the start needs of Kafka, and begin at the end of the topic where that is wanted."""
+    check_kafka(settings)
+    if {**settings.kafka_client, **settings.kafka_consumer}.get("auto.offset.reset") == "latest":
+        start_from_now(settings)
+
+
 def check_kafka(settings: Settings) -> None:
-    """See that the brokers answer, and that the topics and the group may be used, before the dataflow starts."""
+    """See that the brokers answer, and that the topics and the group may be used."""
     logger, said = logging.Logger("librdkafka"), BufferingHandler(10_000)  # of these clients alone
     logger.addHandler(said)
-    clients = _, consumer, admin = connect(settings, logger)
-    topics = {settings.kafka_input_topic: AclOperation.READ, **dict.fromkeys(settings.written, AclOperation.WRITE)}
-    seconds = {"request_timeout": CONNECT_SECONDS}
-    group = admin.describe_consumer_groups([settings.group], **seconds)[settings.group]
-    found = admin.describe_topics(TopicCollection(list(topics)), include_authorized_operations=True, **seconds)
+    clients = _, _, reader, writer = connect(settings, logger)
+    every = {settings.kafka_input_topic: (reader, AclOperation.READ)}
+    every |= dict.fromkeys(settings.written, (writer, AclOperation.WRITE))
+    wanted: dict[str, Any] = {"include_authorized_operations": True, "request_timeout": CONNECT_SECONDS}
+    group = reader.describe_consumer_groups([settings.group], request_timeout=CONNECT_SECONDS)[settings.group]
+    found = {topic: its.describe_topics(TopicCollection([topic]), **wanted)[topic] for topic, (its, _) in every.items()}
     while not all(answer.done() for answer in found.values()):
         for client in clients:
             client.poll(0.02)  # each gives away what it logs only in its own poll
@@ -1745,26 +1758,25 @@ def check_kafka(settings: Settings) -> None:
     failures = [(topic, failure) for topic, answer in found.items() if (failure := answer.exception())]
     if failures:  # when brokers cannot be reached the same is said of each topic
         raise RunError("\n".join(dict.fromkeys(why_not(settings, *failure, lines) for failure in failures)))
-    for topic, answer in found.items():
-        allowed = answer.result().authorized_operations
-        if allowed and not {topics[topic], AclOperation.ALL} & set(allowed):
-            raise RunError(f"topic {topic!r} may not be used: no permission to {topics[topic].name}")
+    for topic, (_, operation) in every.items():
+        allowed = found[topic].result().authorized_operations
+        if allowed and not {operation, AclOperation.ALL} & set(allowed):
+            raise RunError(f"topic {topic!r} may not be used: no permission to {operation.name}")
     wait([group], timeout=1)  # of a group without permission only this tells more than a time-out
     if group.done() and code_of(group.exception()) == KafkaError.GROUP_AUTHORIZATION_FAILED:
         raise RunError(f"group {settings.group!r} cannot be used: no permission to DESCRIBE and READ")
-    if {**settings.kafka_client, **settings.kafka_consumer}.get("auto.offset.reset") == "latest":
-        start_from_now(settings, consumer)
 
 
-def connect(settings: Settings, logger: logging.Logger) -> tuple[Producer, Consumer, AdminClient]:
-    """Make a client of each kind, with which librdkafka checks its properties."""
+def connect(settings: Settings, logger: logging.Logger) -> tuple[Producer, Consumer, AdminClient, AdminClient]:
+    """Make clients, with which librdkafka checks its properties: of the output, of the input, and who asks of each."""
     brokers = settings.kafka_brokers
-    client: dict[str, Any] = {**settings.kafka_client, "bootstrap.servers": brokers}
+    every: dict[str, Any] = {"bootstrap.servers": brokers}
     try:
         return (
             Producer(producer_properties(settings, brokers, "check"), logger=logger),
             Consumer(consumer_properties(settings, brokers), logger=logger),
-            AdminClient(client, logger=logger),
+            AdminClient({**settings.kafka_client, **settings.kafka_consumer, **every}, logger=logger),
+            AdminClient({**settings.kafka_client, **settings.kafka_producer, **every}, logger=logger),
         )
     except KafkaException as error:
         raise SettingsError(f"{wrong_property(settings)}: {reason_of(error)}") from None
@@ -1797,18 +1809,22 @@ def why_not(settings: Settings, topic: str, failure: BaseException, said: list[s
     return f"Kafka at {settings.kafka_brokers} (KAFKA_BROKERS) cannot be used: {reason}"
 
 
-def start_from_now(settings: Settings, consumer: Consumer) -> None:
+def start_from_now(settings: Settings) -> None:
     """Commit the end of each partition for a group that is new: so what comes from now on outlives a kill."""
-    partitions = partitions_of(consumer, settings.kafka_input_topic)
-    committed = committed_offsets(consumer, partitions, CONNECT_SECONDS)
-    if any(part.offset >= 0 for part in committed):
-        return  # partitions that are added later are read from their beginning
+    asks = Consumer(consumer_properties(settings, settings.kafka_brokers), logger=LIBRDKAFKA_LOG)
     # What is in a transaction that is open arrives when that ends.
-    reader = Consumer(consumer_properties(settings, settings.kafka_brokers, 0), logger=LIBRDKAFKA_LOG)
-    for part in committed:
-        part.offset = reader.get_watermark_offsets(part, timeout=CONNECT_SECONDS)[1]
-    with suppress(KafkaException):  # another copy is quicker, and has done it
-        commit_offsets(consumer, committed)
+    reads = Consumer(consumer_properties(settings, settings.kafka_brokers, 0), logger=LIBRDKAFKA_LOG)
+    partitions = partitions_of(asks, settings.kafka_input_topic)
+    offsets = committed_offsets(asks, partitions, CONNECT_SECONDS)
+    if any(part.offset >= 0 for part in offsets):
+        return  # partitions that are added later are read from their beginning
+    for part in offsets:
+        part.offset = reads.get_watermark_offsets(part, timeout=CONNECT_SECONDS)[1]
+    try:
+        commit_offsets(asks, offsets)
+    except KafkaException as error:
+        if code_of(error) not in REBALANCING:  # which tells that another copy was quicker, and has done it
+            raise
 
 
 def open_locations(settings: Settings) -> tuple[Locations, Databases | None]:
@@ -1826,11 +1842,11 @@ def enrich(settings: Settings, stop: Stop) -> int:
     copy = f"{socket.gethostname()}-{free_slot(settings.group)}"
     run = functools.partial(run_process, settings, copy, stop, *open_locations(settings))
     if settings.processes == 1:
-        check_kafka(settings)
+        prepare(settings)
         stop.under_way = True
         exit_code = run(0)
-    else:  # no client of librdkafka outlives a fork, so that the check has a process of its own
-        exit_code = run_processes([functools.partial(check_kafka, settings)], stop)
+    else:  # no client of librdkafka outlives a fork, so that this has a process of its own
+        exit_code = run_processes([functools.partial(prepare, settings)], stop)
         stop.under_way = True
         each = [functools.partial(run, number) for number in range(settings.processes)]
         exit_code = exit_code or run_processes(each, stop)
@@ -1917,8 +1933,8 @@ def exit_code_of(run: Callable[[], int | None]) -> int:
     """Run something, and say in a line why it failed where it did."""
     try:
         return run() or 0
-    except KeyboardInterrupt:  # as long as nothing is under way
-        return 128 + signal.SIGINT
+    except BrokenPipeError:  # nobody reads standard output any more, as in `| head`
+        return 0
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the engine wraps what a step raises
@@ -1945,14 +1961,15 @@ def check(settings: Settings) -> None:
     """Do every check of a start, and print what it found."""
     _, databases = open_locations(settings)
     check_kafka(settings)
-    _, asks, admin = connect(settings, LIBRDKAFKA_LOG)
+    producer, asks, reader, _ = connect(settings, LIBRDKAFKA_LOG)
     topic, group, members = settings.kafka_input_topic, settings.group, 0
     with suppress(KafkaException):  # of a group that nobody has joined yet
-        members = len(admin.describe_consumer_groups([group])[group].result(CONNECT_SECONDS).members)
-    found = asks.list_topics(timeout=CONNECT_SECONDS)
-    print(f"brokers: {', '.join(sorted(str(broker) for broker in found.brokers.values()))}")
-    for name in (topic, *settings.written):
-        print(f"topic {name}: {len(found.topics[name].partitions)} partitions")
+        members = len(reader.describe_consumer_groups([group])[group].result(CONNECT_SECONDS).members)
+    brokers = asks.list_topics(topic, CONNECT_SECONDS).brokers.values()
+    print(f"brokers: {', '.join(sorted(map(str, brokers)))}")
+    print(f"topic {topic}: {len(partitions_of(asks, topic))} partitions")
+    for name in settings.written:
+        print(f"topic {name}: {len(partitions_of(producer, name))} partitions")
     lag = sum(map(len, remaining(asks, asks, topic).values()))
     print(f"group {group}: members {members}, lag {lag}")
     print(f"fields: {', '.join(split_names(settings.fields))}")
@@ -1971,20 +1988,24 @@ def check(settings: Settings) -> None:
         print(f"in a sample of their records not found: {', '.join(sorted(unseen))}")
 
 
-def try_out(settings: Settings, values: Iterable[bytes]) -> None:
-    """Print what records with these values become; nothing is asked of Kafka."""
+def try_out(settings: Settings, values: Sequence[bytes]) -> None:
+    """Print what records with these values become, or with - the lines of standard input; Kafka is not asked."""
+    if settings.on_lookup_failed == "wait":  # whoever looks on wants to know why
+        settings = msgspec.structs.replace(settings, on_lookup_failed="stop")
     locations, _ = open_locations(settings)
-    for number, value in enumerate(values):
-        record = Message(topic="values", partition=0, offset=number, value=value.rstrip(b"\r\n"))
-        while (answer := locations.get_location(record)[1])[1] == WAITS:
-            time.sleep(RETRY_SECONDS)
-        try:
-            sys.stdout.buffer.write((answer[0] or b"") + b"\n")
-            sys.stdout.flush()
-        except BrokenPipeError:  # nobody reads it any more, as in `| head`
-            return
-        except OSError as error:
-            raise RunError(f"standard output cannot be written: {error.strerror}") from None
+    try:
+        with (
+            open(0, "rb", closefd=False) if values == [b"-"] else nullcontext(values) as lines,
+            open(1, "wb", closefd=False) as output,
+        ):
+            for number, line in enumerate(lines):
+                record = Message(topic="values", partition=0, offset=number, value=line.rstrip(b"\r\n"))
+                output.write((locations.get_location(record)[1][0] or b"") + b"\n")
+                output.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RunError(f"standard input or output cannot be used: {error.strerror}") from None
 
 
 def main() -> int:
@@ -2013,7 +2034,7 @@ def main() -> int:
     if arguments.check:
         check(settings)
     elif arguments.values:
-        try_out(settings, sys.stdin.buffer if arguments.values == [b"-"] else arguments.values)
+        try_out(settings, arguments.values)
     else:
         return enrich(settings, stop)
     return 0

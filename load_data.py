@@ -28,7 +28,7 @@ from pathlib import Path
 
 from dotenv.parser import parse_stream
 from kafka import KafkaAdminClient, KafkaProducer
-from kafka.errors import KafkaError, TopicAlreadyExistsError
+from kafka.errors import KafkaError, TopicAlreadyExistsError, TopicAuthorizationFailedError
 from tqdm import tqdm
 
 SAMPLE = Path(__file__).parent / "misc" / "ip_address_w_country.txt"
@@ -81,23 +81,20 @@ def read_settings(env: Mapping[str, str]) -> Settings:
 
 def rows(path: Path) -> Iterator[tuple[str, str] | str]:
     """Yield (ip, country) for each row of a file, with "" for no country; for what is no row, where and what it is."""
-    # Bytes that are no UTF-8 pass as lone surrogates, so that only their own row is lost.
+    # Bytes that are no UTF-8 pass as lone surrogates, and each line is read by itself, so that neither they nor a quote
+    # that is not closed take another row with them.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file)
         first = True
-        while True:
-            where = f"{path}:{reader.line_num + 1}"
+        for number, line in enumerate(file, 1):
             try:
-                cells = [cell.strip() for cell in next(reader)]
-            except StopIteration:
-                return
+                cells = [cell.strip() for cell in next(csv.reader([line]))]
             except csv.Error as error:
-                yield f"{where}: {error}"
+                yield f"{path}:{number}: {error}"
                 continue
-            if is_row(cells):
+            if is_row(cells) and line.count('"') % 2 == 0:
                 yield cells[0], "".join(cells[1:])
             elif any(cells) and not (first and re.fullmatch(r"(?i)(ip|address)[ _-]?(address)?", cells[0])):
-                yield f"{where}: not ip,country: {','.join(cells)[:80]!r}"
+                yield f"{path}:{number}: not ip,country: {','.join(cells)[:80]!r}"
             first = first and not any(cells)
 
 
@@ -117,7 +114,9 @@ def create_topics(settings: Settings, **options: int) -> None:
             try:
                 admin.create_topics({topic: options}, wait_for_metadata=True)
                 say("created topic {}: {} partitions, replication factor {}".format(topic, *options.values()))
-            except TopicAlreadyExistsError:
+            except (TopicAlreadyExistsError, TopicAuthorizationFailedError) as error:
+                if isinstance(error, TopicAuthorizationFailedError) and topic not in admin.list_topics():
+                    raise KafkaError(f"topic {topic!r} does not exist: no permission to CREATE") from None
                 say(f"topic {topic} exists already, and is used as it is")
 
 

@@ -316,6 +316,10 @@ def contestants(folder: Path, database: str) -> list[Contestant]:
             [sys.executable, "-m", "bytewax.run", f"{here}/bytewax_connectors.py"],
         ),
         Contestant("confluent-kafka, a bare loop", [sys.executable, f"{here}/bare_loop.py"]),
+        Contestant(
+            "a bare loop with the look-up of kafka_enrich.py",
+            [sys.executable, f"{here}/bare_loop.py", "kafka_enrich"],
+        ),
         Contestant("Quix Streams 3.26.0", [python_with(folder, f"{here}/quix_streams.txt"), f"{here}/quix_streams.py"]),
     ]
     for threads, guarantee in (("1", "at_least_once"), ("2", "at_least_once"), ("2", "exactly_once_v2")):

@@ -122,7 +122,7 @@ def test_killed_doubles_where_offsets_are_committed_late(trial: Trial) -> None:
     trial.wait_for(range(10_000))
     trial.stop(*trial.copies)
     _, out = trial.count()
-    assert out.doubled == 5_000
+    assert 4_000 <= out.doubled < 5_000  # all but the first batch, which is committed at once
 
 
 @pytest.mark.parametrize("guarantee", ["at_least_once"])

@@ -62,6 +62,23 @@ def test_nobody_reads_what_is_tried_out(kafka_enrich_program: Program) -> None:
     assert b"Traceback" not in tried.stderr
 
 
+@pytest.mark.parametrize("arguments", ["- <&-", "9.9.9.9 >&-", "9.9.9.9 >/dev/full"])
+def test_standard_input_or_output_that_cannot_be_used(kafka_enrich_program: Program, arguments: str) -> None:
+    command = f"{sys.executable} {kafka_enrich_program.script} {arguments}"
+    tried = subprocess.run(["bash", "-c", command], capture_output=True, env={**os.environ, **DATABASE}, check=False)
+    assert tried.returncode == 1
+    assert tried.stderr.splitlines()[-1].startswith(b"kafka_enrich.py: standard input or output cannot be used: ")
+    assert b"Traceback" not in tried.stderr
+
+
+def test_nobody_reads_the_help(kafka_enrich_program: Program) -> None:
+    process = kafka_enrich_program.start("--help", PYTHONUNBUFFERED="1")
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    assert (process.wait(30), process.stderr.read()) == (0, "")
+
+
 def test_former_setting_in_the_settings_file_is_warned_of(kafka_enrich_program: Program) -> None:
     kafka_enrich_program.script.with_name("kafka_enrich.env").write_text("RECOVERY_DIR=/data\n")
     tried = kafka_enrich_program("9.9.9.9", **DATABASE)
@@ -69,9 +86,12 @@ def test_former_setting_in_the_settings_file_is_warned_of(kafka_enrich_program: 
     assert "WARNING RECOVERY_DIR is ignored: the consumer group keeps the place" in tried.errors
 
 
-def test_lookup_that_fails_stops_where_that_is_wanted(kafka_enrich_program: Program, api: Api) -> None:
+@pytest.mark.parametrize("wanted", ["stop", "wait"])
+def test_lookup_that_fails_ends_it_unless_failures_are_marked(
+    kafka_enrich_program: Program, api: Api, wanted: str
+) -> None:
     api.reply = lambda _path: Reply(status=503)
-    tried = kafka_enrich_program("8.8.8.8", IPAPI_URL=api.url, ON_LOOKUP_FAILED="stop")
+    tried = kafka_enrich_program("8.8.8.8", IPAPI_URL=api.url, ON_LOOKUP_FAILED=wanted)
     assert (tried.exit_code, tried.output) == (1, "")
     assert "8.8.8.8 was not looked up: HTTP 503" in tried.errors.splitlines()[-1]
 
@@ -89,6 +109,13 @@ def test_check_says_what_there_is_and_starts_nothing(kafka_enrich_program: Progr
         f"database {SAMPLE_DATABASE}: Sample-City of 2026-11-23",
         "in a sample of their records not found: asn",
     ]
+
+
+def test_check_begins_nowhere(kafka_enrich_program: Program, topics: Topics) -> None:
+    latest = {"KAFKA_CONSUMER_AUTO_OFFSET_RESET": "latest"}
+    topics.write([(b"key", b"9.9.9.9")] * 5)
+    assert kafka_enrich_program("--check", **topics.environment(), **DATABASE, **latest).exit_code == 0
+    assert "INFO 5 records: " in kafka_enrich_program(**topics.environment(), **DATABASE).errors
 
 
 def test_check_without_a_database_asks_nobody(kafka_enrich_program: Program, topics: Topics, api: Api) -> None:

@@ -252,6 +252,19 @@ def test_any_address_is_not_invalid(value: bytes) -> None:
     assert value_out(value).get("error") in (None, "not_found", "reserved_ip")
 
 
+@given(
+    address=(st.ip_addresses() | st.ip_addresses(v=6)).map(str),
+    zone=st.just("") | st.text(st.characters(exclude_characters=",", exclude_categories=["Cs"])).map("%{}".format),
+    written=st.sampled_from(["{}", " {} ", '"{}"', "[{}]", "[{}]:443", "unknown, {}", '["{}"]']),
+)
+def test_address_by_itself_is_read_as_it_was_in_what_it_stood_in(address: str, zone: str, written: str) -> None:
+    try:
+        found = find_address(written.format(address + zone))
+    except NotLocated:
+        return
+    assert find_address(found[0]) == found
+
+
 @pytest.mark.parametrize(
     ("text", "asked"),
     [
@@ -367,13 +380,30 @@ def test_longest_address_is_remembered() -> None:
     assert source.asked == ["2001:4860:4860::808:808"]
 
 
-@pytest.mark.parametrize(("cache_size", "value"), [("0", b"1.1.1.1"), ("100", b" " * 1000 + b"1.1.1.1")])
-def test_not_remembered_without_a_cache_or_with_a_large_value(cache_size: str, value: bytes) -> None:
+@pytest.mark.parametrize(("cache_size", "value"), [("0", b"1.1.1.1"), ("100", b"fe80::1%" + b"z" * 100)])
+def test_not_remembered_without_a_cache_or_with_a_long_zone(cache_size: str, value: bytes) -> None:
     source = Counting()
     answer = make(source.locate, CACHE_SIZE=cache_size)
     answer(value)
     answer(value)
-    assert source.asked == ["1.1.1.1", "1.1.1.1"]
+    assert len(source.asked) == 2
+
+
+def written_otherwise(address: str) -> list[str]:
+    listed = f"{address}, {', '.join(f'10.0.0.{number}' for number in range(20))}"
+    return [address, f" {address}\n", f'"{address}"', *(f"[{address}]:{port}" for port in (50_000, 50_001)), listed]
+
+
+@pytest.mark.parametrize("event", [False, True], ids=["values", "events"])
+@pytest.mark.parametrize("address", ["8.8.8.8", "2001:4860:4860::8888"])
+def test_address_is_asked_for_once_however_it_is_written(address: str, event: bool) -> None:
+    source = Counting()
+    answer = make(source.locate, **({"IP_FIELD": "ip"} if event else {}))
+    for text in written_otherwise(address) * 2:
+        output, result = answer(json.dumps({"ip": text}).encode() if event else text.encode())
+        assert result == "located"
+        assert json.loads(output or b"")["ip"] == (text if event else address)
+    assert source.asked == [address]
 
 
 def test_nothing_gets_past_a_record_that_waits_for_the_source(
@@ -434,12 +464,18 @@ def test_end_of_a_partition_is_not_committed_before_what_waits() -> None:
 
 
 @pytest.mark.parametrize(("lag", "seconds"), [({0: 9_999}, 0.1), ({0: 5_000, 1: 5_000}, 0.3)])
-def test_worker_that_is_far_behind_commits_less_often(lag: dict[int, int], seconds: float) -> None:
+def test_worker_that_is_far_behind_commits_less_often(
+    monkeypatch: pytest.MonkeyPatch, lag: dict[int, int], seconds: float
+) -> None:
     worker = Worker(read_settings({"DELIVERY_GUARANTEE": "exactly_once"}), "process", 0, threading.Event())
     worker.consumer = Consumer({"group.id": "none"}, logger=kafka_enrich.LIBRDKAFKA_LOG)
     worker.consumer.subscribe(["none"])
     worker.producer = Producer({}, logger=kafka_enrich.LIBRDKAFKA_LOG)
     worker.lag = lag
+    monkeypatch.setattr(worker, "commit", lambda: True)
+    worker.next_batch()
+    assert worker.commit_at == 0  # nothing is there to commit, and what comes next is at once
+    worker.pending["located"] = 1
     assert worker.next_batch() == []
     assert worker.commit_at - worker.last_turn == pytest.approx(seconds)
     worker.consumer.close()

@@ -205,6 +205,41 @@ def test_no_permission_to_write(
     assert f"topic {topic!r} may not be used: no permission to WRITE" in line
 
 
+def test_input_and_output_have_credentials_of_their_own(
+    plain: Secured, load_data_program: Program, kafka_enrich_program: Program
+) -> None:
+    environment = of_its_own(plain.sasl)
+    assert load_data_program(str(SAMPLE), **environment).exit_code == 0
+    for name, operation in (("INPUT", ACLOperation.READ), ("OUTPUT", ACLOperation.DESCRIBE)):
+        forbid(plain, ResourcePattern(ResourceType.TOPIC, environment[f"KAFKA_{name}_TOPIC"]), operation)
+    del environment["KAFKA_CLIENT_SASL_USERNAME"]
+    users = {"KAFKA_CONSUMER_SASL_USERNAME": "alice", "KAFKA_PRODUCER_SASL_USERNAME": "alice"}
+    forbidden = kafka_enrich_program(**{**environment, **users, "KAFKA_CONSUMER_SASL_USERNAME": "bob"})
+    assert "no permission to READ" in forbidden.errors.splitlines()[-1]
+    forbidden = kafka_enrich_program(**{**environment, **users, "KAFKA_PRODUCER_SASL_USERNAME": "bob"})
+    assert "no permission to DESCRIBE" in forbidden.errors.splitlines()[-1]
+
+    checked = kafka_enrich_program("--check", **environment, **users)
+    assert checked.exit_code == 0, checked.errors
+    enriched = kafka_enrich_program(**environment, **users)
+    assert "154 records: 152 located" in enriched.errors
+
+
+def test_topics_that_others_have_created(plain: Secured, load_data_program: Program) -> None:
+    environment = of_its_own(plain.sasl)
+    bob = {**environment, "KAFKA_CLIENT_SASL_USERNAME": "bob"}
+    topics = [ResourcePattern(ResourceType.TOPIC, environment[f"KAFKA_{name}_TOPIC"]) for name in ("INPUT", "OUTPUT")]
+    for resource in (*topics, ResourcePattern(ResourceType.CLUSTER, "kafka-cluster")):
+        forbid(plain, resource, ACLOperation.CREATE)
+    refused = load_data_program(str(SAMPLE), **bob)
+    assert refused.exit_code == 1
+    assert f"topic {environment['KAFKA_INPUT_TOPIC']!r} does not exist: no permission to CREATE" in refused.errors
+    assert load_data_program(str(SAMPLE), **environment).exit_code == 0
+    loaded = load_data_program(str(SAMPLE), **bob)
+    assert loaded.exit_code == 0, loaded.errors
+    assert f"loaded 154 records into topic {environment['KAFKA_INPUT_TOPIC']}" in loaded.output
+
+
 @pytest.mark.parametrize(
     ("operation", "says"),
     [

@@ -303,8 +303,10 @@ def test_newer_group_protocol_has_no_properties_of_the_classic_one() -> None:
     newer = consumer_properties(read_settings({"KAFKA_CONSUMER_GROUP_PROTOCOL": "consumer"}), "a:1", 0)
     assert not {"session.timeout.ms", "partition.assignment.strategy", "heartbeat.interval.ms"} & newer.keys()
     assert newer["group.protocol"] == "consumer"
-    classic = consumer_properties(read_settings({}), "a:1", 0)
-    assert (classic["session.timeout.ms"], classic["partition.assignment.strategy"]) == (10_000, "cooperative-sticky")
+    for environment in ({}, {"KAFKA_CONSUMER_GROUP_PROTOCOL": "CLASSIC"}):
+        classic = consumer_properties(read_settings(environment), "a:1", 0)
+        assert classic["session.timeout.ms"] == 10_000
+        assert classic["partition.assignment.strategy"] == "cooperative-sticky"
 
 
 @pytest.mark.parametrize(
