@@ -322,6 +322,10 @@ REBALANCING = codes("ILLEGAL_GENERATION REBALANCE_IN_PROGRESS UNKNOWN_MEMBER_ID"
 UNREACHABLE = codes("_ALL_BROKERS_DOWN _AUTHENTICATION _SSL")  # one broker away of several is no trouble
 
 
+# What a client raises; when it fails for good, as one that is fenced, its next call-back makes the second of the first.
+CLIENT_FAILED = (KafkaException, SystemError)
+
+
 class RunError(Exception):
     """The run cannot go on; the message says why, and what to do."""
 
@@ -408,7 +412,8 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             self.commit()
         if now >= self.ask_at:
             self.ask_at = now + ASK_SECONDS
-            self.producer.poll(0)  # what it says of its connections, where nothing is produced
+            with suppress(*CLIENT_FAILED):  # which the next record is told again
+                self.producer.poll(0)  # what it says of its connections, where nothing is produced
             self.note_lag()
             self.ask()
         messages = self.read()
@@ -495,8 +500,10 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
                 self.producer.poll(0)
             else:  # little waits behind them, so they need not wait for linger.ms
                 self.producer.flush(0.001)
-        except KafkaException as error:  # the transaction has failed already, and all of it is done again
-            report(record, error.args[0], Message(topic=topic))
+        except CLIENT_FAILED as error:  # the transaction has failed already, and all of it is done again
+            if (its := kafka_error(error)) is None:
+                raise
+            report(record, its, Message(topic=topic))
 
     def set_aside(self, items: list[Enriched]) -> list[Enriched]:
         """Keep for the next batch what begins with a look-up that failed, and read nothing more before it works."""
@@ -542,7 +549,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
                 self.producer.begin_transaction()
             else:
                 within(COMMIT_LIMIT, commit_offsets, self.consumer, offsets)
-        except (KafkaException, TimeoutError) as error:
+        except (*CLIENT_FAILED, TimeoutError) as error:
             self.not_committed(error)
             return False
         self.committed.update((offset.partition, offset.offset) for offset in offsets)
@@ -571,7 +578,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         if left or self.refused or self.broken:
             raise TimeoutError(self.broken or f"no record was acknowledged for {COMMIT_LIMIT:.0f} s")
 
-    def not_committed(self, error: KafkaException | TimeoutError) -> None:
+    def not_committed(self, error: Exception) -> None:
         """Say what follows from a commit that failed."""
         if self.refused:
             raise self.refused
@@ -797,7 +804,7 @@ def commit_offsets(consumer: Consumer, offsets: list[TopicPartition]) -> None:
 
 def retire(producer: Producer) -> None:
     """Let a producer go that nobody waits for; in a thread, for librdkafka may take its time."""
-    with suppress(KafkaException):
+    with suppress(*CLIENT_FAILED):
         producer.purge()
         producer.flush(COMMIT_LIMIT)
 
@@ -812,16 +819,23 @@ def within(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
     return called.result()
 
 
+def kafka_error(error: BaseException | None) -> KafkaError | None:
+    """Find Kafka's error in an exception: a SystemError is one that was raised before a call-back was called."""
+    cause = error.__cause__ if isinstance(error, SystemError) else error
+    found = cause.args[0] if cause and cause.args else None
+    return found if isinstance(found, KafkaError) else None
+
+
 def reason_of(error: BaseException) -> str:
     """Say why something failed, in the words of librdkafka where it was the one that did."""
-    cause = error.args[0] if error.args else None
-    return cause.str() if isinstance(cause, KafkaError) else str(error)
+    its = kafka_error(error)
+    return its.str() if its else str(error)
 
 
 def code_of(error: BaseException | None) -> int | None:
     """Find the code of Kafka's error, where it is one."""
-    cause = error.args[0] if error and error.args else None
-    return cause.code() if isinstance(cause, KafkaError) else None
+    its = kafka_error(error)
+    return its.code() if its else None
 
 
 def is_trouble(message: Message) -> bool:

@@ -17,13 +17,14 @@ from typing import Any
 from urllib.request import urlopen
 
 import kubernetes_validate
+import promql_parser
 import pytest
 import yaml
 from compose_spec import PyCompose
 
 from conftest import PROJECT, SAMPLE_DATABASE, Program, Topics, wait_until
 from harness import Reader, Stream, Tally
-from kafka_enrich import Settings, read_settings
+from kafka_enrich import RESULTS, Settings, read_settings
 from kafka_server import KafkaServer, free_port
 
 DEPLOY = PROJECT / "misc" / "deploy"
@@ -265,21 +266,37 @@ def test_start_after_a_kill_waits_for_no_time_out(image: Image, topics: Topics, 
 
 
 def test_unit_starts_again_only_what_can_work(topic_names: Topics, kafka_enrich_program: Program) -> None:
-    service = dict(re.findall(r"^(\w+)=(.*)", (DEPLOY / "kafka_enrich.service").read_text(), re.M))
-    assert Path(service["ExecStart"].split()[-1]).name == kafka_enrich_program.script.name
+    lines = re.findall(r"^(\w+)=(.*)", (DEPLOY / "kafka_enrich.service").read_text(), re.M)
+    service = dict(lines)
+    script = Path(service["ExecStart"].split()[-1])
+    assert script.name == kafka_enrich_program.script.name
     assert service["Restart"] == "on-failure"
-    name, _, value = service["Environment"].partition("=")
-    environment = {**topic_names.environment(), name: value.replace("%H", "host.example"), "KAFKA_TAIL": "1"}
+    chosen = dict(word.split("=") for name, value in lines if name == "Environment" for word in value.split())
+    assert (chosen["KAFKA_TAIL"], Path(chosen["GEOIP_DATABASE"]).parent) == ("1", script.parent)
+    chosen |= {"GEOIP_DATABASE": str(SAMPLE_DATABASE), "KAFKA_CONSUMER_GROUP_INSTANCE_ID": "host.example"}
+    environment = {**topic_names.environment(), **chosen}
     assert kafka_enrich_program(**environment, CACHE_SIZE="-1").exit_code == int(service["RestartPreventExitStatus"])
     assert kafka_enrich_program(**environment).exit_code == 1  # the topics are not there yet
 
 
+def expressions() -> list[str]:
+    """What the dashboard and the alerts ask Prometheus."""
+    dashboard, [alerts] = json.loads((DEPLOY / "grafana-dashboard.json").read_text()), documents("alerts.yml")
+    return [
+        *(target["expr"] for panel in dashboard["panels"] for target in panel["targets"]),
+        *(rule["expr"] for group in alerts["groups"] for rule in group["rules"]),
+    ]
+
+
+def test_dashboard_and_alerts_ask_what_prometheus_understands() -> None:
+    for expression in expressions():
+        promql_parser.parse(re.sub(r"\$__\w+", "5m", expression))
+        assert set(re.findall(r'result="(\w+)"', expression)) <= set(RESULTS)
+
+
 def test_metrics_that_are_watched_exist(image: Image, topics: Topics) -> None:
-    dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
-    [alerts], [scrape] = documents("alerts.yml"), documents("prometheus.yml")
-    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    expressions += [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
-    watched = {name for text in expressions for name in re.findall(r"\b(?:kafka_enrich|process)_\w+", text)}
+    [scrape] = documents("prometheus.yml")
+    watched = {name for text in expressions() for name in re.findall(r"\b(?:kafka_enrich|process)_\w+", text)}
     assert len(watched) > 8
     environment = on_the_topics_of(topics, ENRICHER["environment"])
     image.start(image.command, environment)

@@ -255,9 +255,9 @@ def test_events_come_back_byte_for_byte(
     assert enriched.exit_code == 0, enriched.errors
     for result, count in Counter(result for _, _, result in events).items():
         assert f" {count} {result}" in enriched.errors
-    found = {}
-    for message in [*Reader(topics, topics.output).read_all(), *Reader(topics, errors).read_all()]:
-        found[int(message.key() or b"")] = (message.topic(), message.value(), message.headers())
+    messages = [message for topic in (topics.output, errors) for message in Reader(topics, topic).read_all()]
+    assert len(messages) == len(events)
+    found = {int(its.key() or b""): (its.topic(), its.value(), its.headers()) for its in messages}
     places = {int(message.key() or b""): message for message in Reader(topics, topics.input).read_all()}
     for number, (event, expected, result) in enumerate(events):
         if error_topic and result != "located":
@@ -270,7 +270,6 @@ def test_events_come_back_byte_for_byte(
             assert found[number] == (errors, event, [("trace", b"\xff"), *headers])
         else:
             assert found[number] == (topics.output, expected, [("trace", b"\xff")])
-    assert topics.end_offset(isolation_level="read_committed") >= len(events) * (not error_topic)
 
 
 def test_error_topic_of_addresses_has_values_as_they_came(kafka_enrich_program: Program, topics: Topics) -> None:
@@ -431,7 +430,7 @@ def test_signal_in_a_slow_lookup(kafka_enrich_program: Program, topics: Topics, 
     before = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert ended(process).exit_code == 0
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < STOP_SECONDS + kafka_enrich.LOOKUP_LIMIT
     assert all("8.8.8.8" in path for path in api.asked)
 
 
@@ -699,6 +698,27 @@ def test_record_refused_by_the_commit_of_a_stop(kafka_enrich_program: Program, t
     assert f"offset {refused.offset} is refused by topic" in kafka_enrich_program(**environment).errors
 
 
+@pytest.mark.timeout(300)
+def test_two_copies_with_one_transactional_id_double_nothing(kafka_enrich_program: Program, topics: Topics) -> None:
+    """As two hosts of one name have them: each ends the other's transactions."""
+    text = kafka_enrich_program.script.read_text()
+    same = text.replace("free_slot(settings.group)}", "0}")
+    assert same != text
+    kafka_enrich_program.script.write_text(same)
+    environment = {**topics.environment(), **DATABASE, **TAIL, **EXACTLY_ONCE}
+    copies = [kafka_enrich_program.start(**environment) for _ in range(2)]
+    wait_until(lambda: shares(topics) == [2, 2])
+    written = [record for number in range(10) for record in records(100, number * 100)]
+    for number in range(10):
+        topics.write(written[number * 100 : number * 100 + 100])
+    copies[0].terminate()
+    assert ended(copies[0]).exit_code == 0
+    wait_until(lambda: addresses(topics).total() >= len(written), 60)
+    copies[1].terminate()
+    assert ended(copies[1]).exit_code == 0
+    assert addresses(topics) == each_once(written)
+
+
 def test_processes_end_with_the_one_that_started_them(kafka_enrich_program: Program, topics: Topics) -> None:
     written = records(100)
     topics.write(written)
@@ -924,7 +944,7 @@ def test_broker_away(kafka_enrich_program: Program) -> None:
         before = time.monotonic()
         started = [kafka_enrich_program.start(KAFKA_BROKERS=brokers, **DATABASE) for brokers in wrong]
         lines = [only_line(ended(process)) for process in started]
-        assert time.monotonic() - before < 10
+        assert time.monotonic() - before < 15
     for line, (brokers, says) in zip(lines, wrong.items(), strict=True):
         assert f"Kafka at {brokers} (KAFKA_BROKERS) cannot be used: " in line
         assert says in line

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from confluent_kafka import Consumer, Message, Producer, TopicPartition
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import kafka_enrich
@@ -230,10 +230,6 @@ def test_lookup_failed() -> None:
 def test_lookup_failed_stops_where_that_is_wanted() -> None:
     with pytest.raises(RunError, match=r"8\.8\.8\.8 was not looked up: no answer"):
         make(fail, ON_LOOKUP_FAILED="stop")(b" 8.8.8.8 ")
-
-
-settings.register_profile("any machine", deadline=None)  # of time; a busy one takes longer now and then
-settings.load_profile("any machine")
 
 
 @given(value=st.binary() | st.text().map(str.encode))
