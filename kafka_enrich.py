@@ -244,7 +244,9 @@ class Locations:
                 raise
             ip, _, _ = find_address(text_of(address))
             if self._on_failure == "stop":
-                raise RunError(f"{ip} was not looked up: {failure}; a new start tries again") from None
+                raise RunError(
+                    f"{ip} was not looked up: {failure}; a new start tries again (ON_LOOKUP_FAILED=stop)"
+                ) from None
             self._tell(ip, "lookup_failed", failure)
             return self._write(ip, self._nowhere, "lookup_failed"), "lookup_failed"
 
@@ -322,7 +324,8 @@ REBALANCING = codes("ILLEGAL_GENERATION REBALANCE_IN_PROGRESS UNKNOWN_MEMBER_ID"
 UNREACHABLE = codes("_ALL_BROKERS_DOWN _AUTHENTICATION _SSL")  # one broker away of several is no trouble
 
 
-# What a client raises; when it fails for good, as one that is fenced, its next call-back makes the second of the first.
+# What poll and flush raise when a client has failed for good, as one that is fenced; the second, with the first for its
+# cause, where call-backs were due after that: what they had to report is lost.
 CLIENT_FAILED = (KafkaException, SystemError)
 
 
@@ -412,14 +415,17 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             self.commit()
         if now >= self.ask_at:
             self.ask_at = now + ASK_SECONDS
-            with suppress(*CLIENT_FAILED):  # which the next record is told again
+            try:
                 self.producer.poll(0)  # what it says of its connections, where nothing is produced
+            except CLIENT_FAILED as error:
+                self.broken = self.broken or reason_of(error)
             self.note_lag()
             self.ask()
         messages = self.read()
         records = [message for message in messages if message.error() is None]
-        for message in messages if len(records) < len(messages) else ():
-            self.take_error(message)
+        if len(records) < len(messages):
+            for message in messages:
+                self.take_error(message)
         if self.again:
             self.again += records
             if now < self.again_at:
@@ -570,11 +576,15 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
 
         A transaction's commit would do that too, but does not notice before its time-out that one was refused.
         """
-        limit, before = time.monotonic() + COMMIT_LIMIT, len(self.producer)
-        while (left := self.producer.flush(0.5)) and time.monotonic() < limit and not (self.refused or self.broken):
-            self.last_turn = time.monotonic()
-            if left < before:
-                limit, before = self.last_turn + COMMIT_LIMIT, left
+        limit, left = time.monotonic() + COMMIT_LIMIT, len(self.producer)
+        before = left
+        try:
+            while (left := self.producer.flush(0.5)) and time.monotonic() < limit and not (self.refused or self.broken):
+                self.last_turn = time.monotonic()
+                if left < before:
+                    limit, before = self.last_turn + COMMIT_LIMIT, left
+        except CLIENT_FAILED as error:  # with the reports that are lost goes what is known of the records
+            self.broken = self.broken or reason_of(error)
         if left or self.refused or self.broken:
             raise TimeoutError(self.broken or f"no record was acknowledged for {COMMIT_LIMIT:.0f} s")
 
@@ -820,7 +830,7 @@ def within(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
 
 
 def kafka_error(error: BaseException | None) -> KafkaError | None:
-    """Find Kafka's error in an exception: a SystemError is one that was raised before a call-back was called."""
+    """Find Kafka's error in an exception, or in what has made a SystemError of it (CLIENT_FAILED)."""
     cause = error.__cause__ if isinstance(error, SystemError) else error
     found = cause.args[0] if cause and cause.args else None
     return found if isinstance(found, KafkaError) else None
@@ -2004,8 +2014,6 @@ def check(settings: Settings) -> None:
 
 def try_out(settings: Settings, values: Sequence[bytes]) -> None:
     """Print what records with these values become, or with - the lines of standard input; Kafka is not asked."""
-    if settings.on_lookup_failed == "wait":  # whoever looks on wants to know why
-        settings = msgspec.structs.replace(settings, on_lookup_failed="stop")
     locations, _ = open_locations(settings)
     try:
         with (
@@ -2014,7 +2022,13 @@ def try_out(settings: Settings, values: Sequence[bytes]) -> None:
         ):
             for number, line in enumerate(lines):
                 record = Message(topic="values", partition=0, offset=number, value=line.rstrip(b"\r\n"))
-                output.write((locations.get_location(record)[1][0] or b"") + b"\n")
+                _, (answer, result) = locations.get_location(record)
+                if result == WAITS:  # whoever looks on wants to know why
+                    why = (answer or b"").decode()
+                    raise RunError(
+                        f"value {number + 1} waits for the source of locations: {why} (ON_LOOKUP_FAILED=wait)"
+                    )
+                output.write((answer or b"") + b"\n")
                 output.flush()
     except BrokenPipeError:
         raise

@@ -82,7 +82,7 @@ def client(broker: str) -> dict[str, Any]:
 
 
 def addresses(count: int) -> Iterator[str]:
-    """Make the benchmark's addresses, always the same: some of them often, and a fifth of them from everywhere.
+    """Make the benchmark's addresses: some of them often, and a fifth of them from everywhere.
 
     Args:
         count: how many.
@@ -90,7 +90,7 @@ def addresses(count: int) -> Iterator[str]:
     Yields:
         public IPv4 addresses.
     """
-    chance = random.Random(20_261_123)  # noqa: S311 - the same addresses each time are wanted here, not secret ones
+    chance = random.SystemRandom()
 
     def anywhere() -> str:
         while True:

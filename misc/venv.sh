@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by demo.sh, test.sh and benchmark.sh: makes $venv with a Python, and installs into it what the given files require.
+# Sourced by demo.sh, test.sh and benchmark.sh: makes $venv with a Python, and installs what the given files require.
 # Usage: [PYTHON_VERSION=3.10] . misc/venv.sh REQUIREMENTS_FILE...    # else the newest of 3.12, 3.11 and 3.10
 
 versions=${PYTHON_VERSION:-3.12 3.11 3.10}

@@ -24,7 +24,7 @@ from conftest import PROJECT, SAMPLE_DATABASE, Topics, wait_until
 logging.getLogger("kafka").setLevel(logging.CRITICAL)  # it says at length that brokers are away
 FIRST_ADDRESS = int(ipaddress.IPv4Address("8.0.0.0"))  # record n has the n-th address after it
 KEYS = 500
-STOP_SECONDS = 3  # a second for a rebalance to end, and LEAVE_LIMIT
+STOP_SECONDS = 2
 # What people write first: offsets are committed by the clock, records wait for their turn.
 BARE_LOOP = """
 import sys

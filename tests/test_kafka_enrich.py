@@ -430,7 +430,7 @@ def test_signal_in_a_slow_lookup(kafka_enrich_program: Program, topics: Topics, 
     before = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert ended(process).exit_code == 0
-    assert time.monotonic() - before < STOP_SECONDS + kafka_enrich.LOOKUP_LIMIT
+    assert time.monotonic() - before < 5
     assert all("8.8.8.8" in path for path in api.asked)
 
 
@@ -832,11 +832,11 @@ def test_record_that_was_refused_is_named_while_lookups_are_waited_for(
     at_once = b'{"ip":"8.8.8.8"}'  # this is committed, and what follows is not before it waits
     written = topics.write([(b"key", at_once), (b"key", large), (b"key", b'{"ip":"8.8.4.4"}')])
     environment = {**topics.environment(), "KAFKA_OUTPUT_TOPIC": refusing, "IP_FIELD": "ip", "IPAPI_URL": api.url}
-    sent_late = {"KAFKA_PRODUCER_LINGER_MS": "500"}  # and refused when the next one waits
+    sent_late = {"KAFKA_PRODUCER_LINGER_MS": "500", "COMMIT_SECONDS": "60"}  # and refused when the next one waits
     enriched = kafka_enrich_program(**environment, **TAIL, **sent_late, ON_LOOKUP_FAILED="wait")
     assert enriched.exit_code == 1
     assert f"{topics.input}[{written[1].partition}] offset 1 is refused by topic" in enriched.errors.splitlines()[-1]
-    assert "waits for the source of locations: " in enriched.errors
+    assert enriched.errors.count("waits for the source of locations: ") == 2
 
 
 @pytest.mark.parametrize("guarantee", GUARANTEES)
@@ -871,7 +871,7 @@ def test_failed_lookup_stops_where_that_is_wanted(kafka_enrich_program: Program,
     enriched = kafka_enrich_program(**environment, **TAIL)
     assert enriched.exit_code == 1
     assert enriched.errors.splitlines()[-1] == (
-        "kafka_enrich.py: 8.8.4.4 was not looked up: HTTP 403; a new start tries again"
+        "kafka_enrich.py: 8.8.4.4 was not looked up: HTTP 403; a new start tries again (ON_LOOKUP_FAILED=stop)"
     )
     assert "Traceback" not in enriched.errors
     api.reply = lambda _path: Reply(LOCATED)
@@ -944,7 +944,7 @@ def test_broker_away(kafka_enrich_program: Program) -> None:
         before = time.monotonic()
         started = [kafka_enrich_program.start(KAFKA_BROKERS=brokers, **DATABASE) for brokers in wrong]
         lines = [only_line(ended(process)) for process in started]
-        assert time.monotonic() - before < 15
+        assert time.monotonic() - before < 10
     for line, (brokers, says) in zip(lines, wrong.items(), strict=True):
         assert f"Kafka at {brokers} (KAFKA_BROKERS) cannot be used: " in line
         assert says in line

@@ -86,14 +86,16 @@ def test_former_setting_in_the_settings_file_is_warned_of(kafka_enrich_program: 
     assert "WARNING RECOVERY_DIR is ignored: the consumer group keeps the place" in tried.errors
 
 
-@pytest.mark.parametrize("wanted", ["stop", "wait"])
+@pytest.mark.parametrize(
+    ("wanted", "says"), [("stop", "8.8.8.8 was not looked up"), ("wait", "value 1 waits for the source of locations")]
+)
 def test_lookup_that_fails_ends_it_unless_failures_are_marked(
-    kafka_enrich_program: Program, api: Api, wanted: str
+    kafka_enrich_program: Program, api: Api, wanted: str, says: str
 ) -> None:
     api.reply = lambda _path: Reply(status=503)
     tried = kafka_enrich_program("8.8.8.8", IPAPI_URL=api.url, ON_LOOKUP_FAILED=wanted)
     assert (tried.exit_code, tried.output) == (1, "")
-    assert "8.8.8.8 was not looked up: HTTP 503" in tried.errors.splitlines()[-1]
+    assert f"{says}: HTTP 503" in tried.errors.splitlines()[-1]
 
 
 def test_check_says_what_there_is_and_starts_nothing(kafka_enrich_program: Program, topics: Topics) -> None:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from confluent_kafka import Consumer, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -456,6 +456,45 @@ def test_end_of_a_partition_is_not_committed_before_what_waits() -> None:
     worker.again.clear()
     assert worker.next_batch() == []
     assert worker.produced == {0: 9, 1: 4}
+    worker.consumer.close()
+
+
+class Failed:
+    """A producer that has failed for good, with no record left in its queue."""
+
+    def __init__(self, fenced: KafkaException, late: bool) -> None:
+        self.error: Exception = SystemError("a call-back was called after it") if late else fenced
+        self.error.__cause__ = fenced if late else None
+
+    def __len__(self) -> int:
+        return 0
+
+    def flush(self, _seconds: float) -> int:
+        raise self.error
+
+    poll = flush
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["in poll or flush", "in a call-back after that"])
+@pytest.mark.parametrize("idle", [False, True], ids=["commit", "idle"])
+def test_nothing_is_committed_after_a_producer_has_failed_for_good(
+    monkeypatch: pytest.MonkeyPatch, late: bool, idle: bool
+) -> None:
+    """Its reports may be lost, so that what it had in its queue counts as not written."""
+    committed: list[object] = []
+    monkeypatch.setattr(kafka_enrich, "commit_offsets", lambda *offsets: committed.append(offsets))
+    worker = Worker(read_settings({}), "process", 0, threading.Event())
+    worker.consumer = Consumer({"group.id": "none"}, logger=kafka_enrich.LIBRDKAFKA_LOG)
+    worker.consumer.subscribe(["none"])
+    monkeypatch.setattr(worker, "producer", Failed(KafkaException(KafkaError(KafkaError._FATAL)), late), raising=False)
+    worker.input_topic, worker.produced = "none", {0: 1}
+    if idle:
+        worker.commit_at = math.inf
+        worker.next_batch()
+    for _ in range(2):
+        assert not worker.commit()
+    assert worker.broken
+    assert committed == []
     worker.consumer.close()
 
 
