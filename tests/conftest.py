@@ -21,6 +21,7 @@ import pytest
 from hypothesis import HealthCheck
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import OffsetSpec
+from kafka.errors import RetriableError, UnknownBrokerIdError
 from kafka.producer.future import RecordMetadata
 from mmdb_writer import MMDBWriter
 from netaddr import IPSet
@@ -124,12 +125,20 @@ class Topics(NamedTuple):
 
     def end_offset(self, topic: str | None = None, isolation_level: str = "read_uncommitted") -> int:
         """How many records have been written to a topic, the output if it is not named."""
-        topic = topic or self.output
-        with self.admin() as admin:
-            [found] = admin.describe_topics([topic])
-            partitions = [TopicPartition(topic, partition["partition_index"]) for partition in found["partitions"]]
-            latest = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST), isolation_level)
-        return sum(offset.offset for offset in latest.values())
+        topic, limit = topic or self.output, time.monotonic() + 30
+        while True:
+            try:
+                with self.admin() as admin:
+                    [found] = admin.describe_topics([topic])
+                    partitions = [
+                        TopicPartition(topic, partition["partition_index"]) for partition in found["partitions"]
+                    ]
+                    ends = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST), isolation_level)
+                return sum(end.offset for end in ends.values())
+            except (RetriableError, UnknownBrokerIdError):  # a broker that was away leads nothing for a moment (-1)
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(0.1)
 
     def environment(self) -> dict[str, str]:
         return {"KAFKA_BROKERS": self.address, "KAFKA_INPUT_TOPIC": self.input, "KAFKA_OUTPUT_TOPIC": self.output}
