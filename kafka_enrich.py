@@ -316,6 +316,8 @@ REFUSALS = RECORD_REFUSALS | codes(
     "CLUSTER_AUTHORIZATION_FAILED GROUP_AUTHORIZATION_FAILED TOPIC_AUTHORIZATION_FAILED UNKNOWN_TOPIC_OR_PART "
     "TRANSACTIONAL_ID_AUTHORIZATION_FAILED UNSUPPORTED_COMPRESSION_TYPE _UNKNOWN_PARTITION _UNKNOWN_TOPIC"
 )
+# What makes the records of a fetch unreadable, which librdkafka skips, or asks for again for ever.
+UNREADABLE = codes("_BAD_COMPRESSION _BAD_MSG _NOT_IMPLEMENTED")
 # Why a member cannot join its group: what another one took over, has chosen, or what the brokers forbid.
 GROUP_REFUSALS = codes(
     "_FATAL FENCED_INSTANCE_ID GROUP_AUTHORIZATION_FAILED INCONSISTENT_GROUP_PROTOCOL INVALID_SESSION_TIMEOUT"
@@ -350,9 +352,11 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         self.settings, self.number, self.stop = settings, number, stop
         self.name = f"{copy}-{number}"  # in logs and of transactions
         # A look-up over HTTP may take seconds, and between two batches the group and a stop get their turn.
-        self.batch_size = 1_000 if settings.geoip_database else 1
+        self.batch_size = self.whole_batch = 1_000 if settings.geoip_database else 1
         self.in_group = False
+        self.member = ""  # of the group, its id when partitions came last
         self.moved = False  # whether partitions came or went
+        self.fresh = set[int]()  # partitions that have come, of which nothing was read
         self.under_way = 0  # records that were read and are not written
         self.again: list[Message] = []  # records that were read, and wait for the source of locations
         self.waits_since = math.inf  # when they began to
@@ -365,7 +369,9 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         self.counts = Counter[str]()  # results that are committed
         self.broken = ""  # why everything since the last commit has to be done again
         self.refused: RunError | None = None
-        self.batch_refused = self.one_by_one = False  # then the next producer sends records one by one
+        self.batch_refused = False  # and so the next ones are smaller
+        self.suspects = 0  # records that are left of those of which one was refused; each batch of them is committed
+        self.suspect: Message | None = None  # the one that is produced and not committed
         self.attempt = 0  # of its producers, the one in use
         self.lag: dict[int, int] = {}  # by partition: records that are not committed
         self.trouble, self.reminder = "", 0.0
@@ -387,8 +393,13 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
                 why = "another one, or one that is reset, does all again"
                 log.info("nothing new for KAFKA_GROUP_ID=%s; %s", settings.group, why)
                 return self
-        self.consumer.subscribe([topic], on_assign=self.assigned, on_revoke=self.revoked, on_lost=self.lost)
+        self.subscribe()
         return self
+
+    def subscribe(self) -> None:
+        """Join the group."""
+        topics = [self.input_topic]
+        self.consumer.subscribe(topics, on_assign=self.assigned, on_revoke=self.revoked, on_lost=self.lost)
 
     def next_batch(self) -> list[Message]:
         """Read what there is, up to a batch, but nothing before the output has written the batch before it."""
@@ -403,13 +414,14 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             # Exactly once, what is not committed is aborted, and whoever reads on does it again.
             while not (self.commit() or self.broken or self.settings.exactly_once):
                 self.consumer.poll(0.1)  # a rebalance that is under way has to end before a commit
+            self.abort()
             raise StopIteration
         if self.refused:
             raise self.refused
         if self.broken:
             self.do_again()
             return []
-        if now >= self.commit_at:
+        if now >= self.commit_at or self.suspects:
             if self.pending:  # what comes after a pause is committed at once, and what follows waits for its turn
                 self.commit_at = now + self.settings.seconds_between_commits(sum(self.lag.values()))
             self.commit()
@@ -421,11 +433,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
                 self.broken = self.broken or reason_of(error)
             self.note_lag()
             self.ask()
-        messages = self.read()
-        records = [message for message in messages if message.error() is None]
-        if len(records) < len(messages):
-            for message in messages:
-                self.take_error(message)
+        records = self.read()
         if self.again:
             self.again += records
             if now < self.again_at:
@@ -435,20 +443,45 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         return records
 
     def read(self) -> list[Message]:
-        """Read records, and what the consumer has to tell, and let the group have its turn."""
+        """Read records, take what else the consumer has to tell, and let the group have its turn."""
         messages = self.consumer.consume(self.batch_size, 0)
         if not messages:
             if self.remaining is not None:
                 self.commit()  # so that a bounded run does not wait for its end
             message = self.consumer.poll(IDLE_SECONDS)
             messages = [] if message is None else [message]  # one without a value is false
+        records = [message for message in messages if message.error() is None]
+        if len(records) < len(messages):
+            for message in messages:
+                self.take_error(message)
         if self.moved:  # of partitions that have just left, the next owner reads it
             self.moved = False
             owned = {part.partition for part in self.consumer.assignment()}
-            messages = [message for message in messages if message.partition() in owned or is_trouble(message)]
+            records = [record for record in records if record.partition() in owned]
+            self.ends = {partition: end for partition, end in self.ends.items() if partition in owned}
             self.read_on_or_pause()
             log.info("worker %s reads partitions %s", self.name, sorted(owned))
-        return messages
+        if self.fresh and records:
+            self.begin(records)
+        return [] if self.broken else records
+
+    def begin(self, records: list[Message]) -> None:
+        """See that partitions which have come begin where the group stands.
+
+        While their offsets wait for a transaction that a killed copy has left open, and another member comes or goes,
+        librdkafka 2.15 takes them for missing (rd_kafka_assignment_apply_offsets), and begins with the oldest record.
+        """
+        first = {record.partition() or 0: record.offset() or 0 for record in reversed(records)}
+        fresh = [TopicPartition(self.input_topic, partition) for partition in self.fresh & first.keys()]
+        try:
+            for part in committed_offsets(self.consumer, fresh, ASK_SECONDS) if fresh else ():
+                _, end = self.consumer.get_watermark_offsets(part, cached=True)
+                if first[part.partition] < part.offset <= end:  # beyond the end they are of a topic that was deleted
+                    self.broken = f"partition {part.partition} began before its committed offset"
+        except KafkaException as error:
+            self.broken = reason_of(error)
+        else:
+            self.fresh -= first.keys()
 
     def take_error(self, message: Message) -> None:
         """Take a message that is no record: the end of a partition, or an error of the consumer."""
@@ -460,8 +493,12 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         elif error.fatal() or error.code() in GROUP_REFUSALS:
             who = "; does another copy have its group.instance.id?" if "instance" in error.str() else ""
             raise RunError(f"{group} cannot be joined: {error.str()}{who}")
-        elif error.code() in REFUSALS:
+        elif error.code() in REFUSALS | UNREADABLE:
             raise RunError(f"topic {self.input_topic!r} cannot be read: {error.str()}")
+        elif error.str().startswith("Failed to fetch committed offsets"):  # librdkafka (#5586) does not again
+            log.info("worker %s joins the group again: %s", self.name, error.str())
+            self.consumer.unsubscribe()
+            self.subscribe()
         else:
             log.info("worker %s: %s", self.name, error.str())
 
@@ -477,39 +514,39 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
 
     def write_batch(self, items: list[Enriched]) -> None:
         """Produce records, each with the key, the headers and the timestamp of what came in."""
-        report = functools.partial(self.undelivered, self.attempt)
         self.under_way -= len(items)
         if self.settings.on_lookup_failed == "wait":
             items = self.set_aside(items)
         if not items:
             return
-        produce, errors = self.producer.produce, self.errors
+        self.pending.update([result for _, (_, result) in items])
+        self.suspect = items[0][0] if self.suspects and len(items) == 1 else None
+        produce, errors, topic = self.producer.produce, self.errors, self.output_topic
         try:
             for record, (value, result) in items:
                 topic, headers, moment = self.output_topic, record.headers(), record.timestamp()[1]
                 if result in errors:
                     topic, value = self.error_topic, record.value()
                     headers = [*(headers or ()), *error_headers(record, result)]
-                # A call-back for each record takes as long as all the rest, so it is had where it is needed.
-                named = functools.partial(report, record) if self.one_by_one else None
                 while True:
                     try:  # a record without a timestamp has -1, and 0 is now
-                        produce(topic, value, record.key(), -1, named, None, moment if moment > 0 else 0, headers)
+                        produce(topic, value, record.key(), -1, None, None, moment if moment > 0 else 0, headers)
                         break
-                    except BufferError:  # the queue is full: wait for the brokers
+                    except BufferError:  # the queue is full: wait for the brokers, and not for linger.ms
                         self.last_turn = time.monotonic()
-                        self.producer.poll(0.1)
+                        self.producer.flush(0.1)
             last = {record.partition() or 0: record for record, _ in items}
             self.produced.update({partition: (record.offset() or 0) + 1 for partition, record in last.items()})
-            self.pending.update([result for _, (_, result) in items])
             if self.lingers or len(items) * 10 > self.batch_size:
                 self.producer.poll(0)
             else:  # little waits behind them, so they need not wait for linger.ms
                 self.producer.flush(0.001)
-        except CLIENT_FAILED as error:  # the transaction has failed already, and all of it is done again
-            if (its := kafka_error(error)) is None:
-                raise
-            report(record, its, Message(topic=topic))
+        except (*CLIENT_FAILED, UnicodeDecodeError) as error:  # the transaction has failed already
+            odd = KafkaError(KafkaError.INVALID_RECORD, f"a header's name is odd: {error.__cause__ or error}")
+            self.undelivered(self.attempt, kafka_error(error) or odd, Message(topic=topic))
+        except BaseException:
+            self.broken = "a batch was produced in part"
+            raise
 
     def set_aside(self, items: list[Enriched]) -> list[Enriched]:
         """Keep for the next batch what begins with a look-up that failed, and read nothing more before it works."""
@@ -545,6 +582,9 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         if not offsets:
             self.up_to_date = self.up_to_date if self.trouble else time.monotonic()
             return True
+        if self.settings.exactly_once and not self.is_member():
+            self.broken = "the group has another member in its place"
+            return False
         began = time.monotonic()
         try:
             self.flush()
@@ -560,6 +600,9 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             return False
         self.committed.update((offset.partition, offset.offset) for offset in offsets)
         self.counts.update(self.pending)
+        if self.suspects:
+            self.suspects = max(0, self.suspects - self.pending.total())
+            self.batch_size = self.batch_size if self.suspects else self.whole_batch
         self.pending.clear()
         self.last_commit = time.monotonic()
         COMMITS.observe(self.last_commit - began)
@@ -570,6 +613,20 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         """Find what a commit has to tell the group."""
         new = self.produced.items() - self.committed.items()
         return [TopicPartition(self.input_topic, partition, offset) for partition, offset in new]
+
+    def is_member(self) -> bool:
+        """Tell whether partitions came to the member that it still is.
+
+        One that was put out while it had to give away partitions is told of these only, keeps the others for a while,
+        and could commit theirs with its next membership, though somebody else reads them.
+        """
+        return self.member != "" and self.consumer.memberid() == self.member
+
+    def abort(self) -> None:
+        """Abort what is not committed at the end, for whose time-out readers of committed records would wait."""
+        if self.settings.exactly_once and self.broken:
+            with suppress(*CLIENT_FAILED, TimeoutError):
+                within(LEAVE_LIMIT, self.producer.abort_transaction, LEAVE_LIMIT)
 
     def flush(self) -> None:
         """Wait until the brokers have acknowledged every record that was produced.
@@ -613,6 +670,8 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         try:
             if self.settings.exactly_once:
                 self.learn_why()
+            if self.batch_refused:
+                self.search()
             threading.Thread(target=retire, args=[self.producer], daemon=True).start()
             self.connect_producer()
             for position in committed_offsets(self.consumer, self.consumer.assignment(), CONNECT_SECONDS):
@@ -633,47 +692,52 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         try:
             within(ASK_SECONDS, self.producer.begin_transaction)  # in the midst of one it says what has become of it
         except (KafkaException, TimeoutError) as error:
-            if code_of(error) in REFUSALS and self.one_by_one:
+            if code_of(error) in REFUSALS and self.suspect:
                 topics = " or ".join(map(repr, self.settings.written))
                 raise RunError(f"topic {topics} cannot be written: {reason_of(error)}") from None
             self.batch_refused = self.batch_refused or code_of(error) in REFUSALS
 
+    def search(self) -> None:
+        """Search for the record that was refused: all of a batch have the same report, so only a single one is named.
+
+        What comes before it is committed, or else whoever skips it would skip that, too.
+        """
+        self.batch_refused = False
+        self.suspects = max(self.suspects, self.pending.total())
+        self.batch_size = max(1, self.batch_size // 10)
+        log.warning("worker %s commits every %d records now, as some were refused", self.name, self.batch_size)
+
     def connect_producer(self) -> None:
         """Connect a producer, and begin its first transaction where there are any."""
         self.attempt += 1
-        calls = {"error_cb": self.complain, "on_delivery": functools.partial(self.undelivered, self.attempt, None)}
-        self.one_by_one = self.batch_refused
-        if self.one_by_one:
-            calls["batch.num.messages"] = 1
-            log.warning("worker %s sends each record by itself now, as a batch was refused", self.name)
+        calls = {"error_cb": self.complain, "on_delivery": functools.partial(self.undelivered, self.attempt)}
         self.producer = Producer({**self.producer_properties, **calls}, logger=LIBRDKAFKA_LOG)
         if self.settings.exactly_once:
             within(COMMIT_LIMIT, self.producer.init_transactions, COMMIT_LIMIT)
             self.producer.begin_transaction()
 
-    def undelivered(self, attempt: int, record: Message | None, error: KafkaError, output: Message) -> None:
+    def undelivered(self, attempt: int, error: KafkaError, output: Message) -> None:
         """Take the report of a record that did not get to its topic; of the others there is none."""
         if attempt != self.attempt:  # its producer was given up, and its records are done again
             return
-        refused = error.code() in REFUSALS
-        if refused and record is not None:
-            REFUSED.inc()
-            at = f"{record.topic()}:{record.partition()}"
-            advice = "mend that; nothing after it is committed"
-            if error.code() in RECORD_REFUSALS:
-                skip = f"--topic {at} --reset-offsets --to-offset {(record.offset() or 0) + 1} --execute"
-                command = f"kafka-consumer-groups.sh --group {self.settings.group} {skip}"
-                advice = f"mend that (max.message.bytes?), or skip the record: {command}"
-            what = f"{record.topic()}[{record.partition()}] offset {record.offset()}"
-            why = RunError(f"{what} is refused by topic {output.topic()!r}: {error.str()}; {advice}")
-            self.refused = self.refused or why
-        else:  # all records of a batch have the same report, so only one that was sent by itself can be named
-            self.batch_refused = self.batch_refused or refused
+        if error.code() not in REFUSALS or self.suspect is None:
+            self.batch_refused = self.batch_refused or error.code() in REFUSALS
             self.broken = self.broken or error.str()
+            return
+        REFUSED.inc()
+        record, advice = self.suspect, "mend that; nothing after it is committed"
+        if error.code() in RECORD_REFUSALS:
+            at = f"--topic {record.topic()}:{record.partition()}"
+            skip = f"{at} --reset-offsets --to-offset {(record.offset() or 0) + 1} --execute"
+            command = f"kafka-consumer-groups.sh --group {self.settings.group} {skip}"
+            advice = f"mend that (max.message.bytes?), or skip the record: {command}"
+        what = f"{record.topic()}[{record.partition()}] offset {record.offset()}"
+        self.refused = RunError(f"{what} is refused by topic {output.topic()!r}: {error.str()}; {advice}")
 
-    def assigned(self, _consumer: Consumer, _partitions: list[TopicPartition]) -> None:
-        """Note that partitions have come."""
-        self.moved = True
+    def assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Note that partitions have come, and to which member."""
+        self.fresh |= {part.partition for part in partitions}
+        self.member, self.moved = consumer.memberid() or "", True
         REBALANCES.inc()
 
     def revoked(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -686,7 +750,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
 
     def lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Give up what is not committed: another member may have begun with it."""
-        if self.settings.exactly_once and self.uncommitted():
+        if self.uncommitted():
             self.broken = "partitions were lost"
         log.warning("worker %s was put out of the group, and joins again", self.name)
         self.forget(partitions)
@@ -696,10 +760,13 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         self.moved = True
         REBALANCES.inc()
         gone = {part.partition for part in partitions}
+        self.fresh -= gone
         self.again = [record for record in self.again if record.partition() not in gone]
         for known in (self.ends, self.produced, self.committed, self.lag):
             for partition in gone & known.keys():
                 del known[partition]
+        if not self.produced:  # else the next owner's are counted with these
+            self.pending.clear()
 
     def ask(self) -> None:
         """Ask what the group has committed: a bounded run ends with that, and so does trouble."""
@@ -728,7 +795,8 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
                     self.committed[part.partition] = max(part.offset, 0)
         for number, offset in self.committed.items():
             _, end = self.consumer.get_watermark_offsets(TopicPartition(self.input_topic, number), cached=True)
-            self.lag[number] = max(0, end - offset)
+            if end >= 0:  # else no fetch has told it
+                self.lag[number] = max(0, end - offset)
 
     def complain(self, error: KafkaError) -> None:
         """Take what librdkafka says of its connections."""
@@ -846,12 +914,6 @@ def code_of(error: BaseException | None) -> int | None:
     """Find the code of Kafka's error, where it is one."""
     its = kafka_error(error)
     return its.code() if its else None
-
-
-def is_trouble(message: Message) -> bool:
-    """Tell what a consumer says of itself, whose partition means nothing, from records and ends of partitions."""
-    error = message.error()
-    return error is not None and error.code() != KafkaError._PARTITION_EOF
 
 
 def error_headers(record: Message, error: str) -> list[tuple[str, bytes]]:

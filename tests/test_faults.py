@@ -396,6 +396,29 @@ def test_started_while_offsets_wait_for_a_transaction(trial: Trial, tail: str) -
     trial.finish("started while a transaction is open", never_doubled=True)
 
 
+@pytest.mark.parametrize("guarantee", ["exactly_once"])
+def test_members_come_while_offsets_wait_for_a_transaction(trial: Trial) -> None:
+    """The first copy asks for offsets again after the second has come, and begins where the group stands, or later."""
+    trial.write(1_000)
+    trial.ended(trial.start(KAFKA_TAIL="0"), 0)
+    group = {"group.id": f"{trial.topics.input}-to-{trial.topics.output}"}
+    properties = {"bootstrap.servers": trial.topics.address, "log_level": 0}
+    asks = Consumer({**properties, **group})
+    numbers = [PartitionOffset(trial.topics.input, number) for number in range(PARTITIONS)]
+    killed = Producer({**properties, "transactional.id": trial.topics.input})
+    killed.init_transactions()
+    killed.begin_transaction()
+    killed.send_offsets_to_transaction(asks.committed(numbers), asks.consumer_group_metadata())
+    trial.write(1_000)
+    first = trial.start()
+    wait_until(lambda: "reads partitions [" in first.text())
+    second = trial.start()
+    wait_until(lambda: re.search(r"reads partitions \[\d", second.text()) is not None)
+    trial.read(3)  # the first copy asks again once a second
+    killed.abort_transaction()
+    trial.finish("another copy comes while a transaction is open", never_doubled=True)
+
+
 COMPRESSIONS = ["none", "gzip", "snappy", "lz4", "zstd"]
 
 

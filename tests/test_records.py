@@ -6,6 +6,8 @@ import math
 import re
 import threading
 from collections.abc import Callable
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -457,6 +459,53 @@ def test_end_of_a_partition_is_not_committed_before_what_waits() -> None:
     assert worker.next_batch() == []
     assert worker.produced == {0: 9, 1: 4}
     worker.consumer.close()
+
+
+def test_what_was_produced_in_part_is_not_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kafka_enrich, "commit_offsets", pytest.fail)
+    worker = Worker(read_settings({}), "process", 0, threading.Event())
+    worker.output_topic, worker.errors = "none", set()
+    worker.producer = Producer({}, logger=kafka_enrich.LIBRDKAFKA_LOG)
+    worker.produced = {0: 5}  # of a batch before it
+    items: list[Any] = [(Message(topic="t", partition=0, offset=5), (b"", "located")), (None, (b"", "located"))]
+    with pytest.raises(AttributeError):
+        worker.write_batch(items)
+    assert not worker.commit()
+
+
+@pytest.mark.parametrize(("left", "counted"), [({}, 0), ({1: 7}, 2)])
+def test_records_of_partitions_that_have_left_count_for_their_next_owner(left: dict[int, int], counted: int) -> None:
+    worker = Worker(read_settings({}), "process", 0, threading.Event())
+    worker.produced, worker.pending["located"] = {0: 5, **left}, 2
+    worker.forget([TopicPartition("t", 0)])
+    assert worker.pending.total() == counted
+
+
+@pytest.mark.parametrize("code", [KafkaError._BAD_MSG, KafkaError._BAD_COMPRESSION, KafkaError._NOT_IMPLEMENTED])
+def test_records_that_cannot_be_read_end_it(code: int) -> None:
+    """Those after them would be committed with them, or none is ever read again."""
+    worker = Worker(read_settings({}), "process", 0, threading.Event())
+    worker.input_topic = "in"
+    with pytest.raises(RunError, match="topic 'in' cannot be read: of offsets 5 to 9"):
+        worker.take_error(Message(topic="in", partition=0, error=KafkaError(code, "of offsets 5 to 9")))
+
+
+@pytest.mark.parametrize(
+    ("first", "committed", "end", "broken"), [(0, 5, 9, True), (5, 5, 9, False), (7, 5, 9, False), (0, 50, 9, False)]
+)
+def test_partition_begins_where_the_group_stands_or_after_it(
+    monkeypatch: pytest.MonkeyPatch, first: int, committed: int, end: int, broken: bool
+) -> None:
+    """After it where the records between were deleted; and before it where all of the topic was."""
+    worker = Worker(read_settings({}), "process", 0, threading.Event())
+    monkeypatch.setattr(worker, "consumer", Mock(**{"get_watermark_offsets.return_value": (0, end)}), raising=False)
+    asked = Mock(return_value=[TopicPartition("t", 0, committed)])
+    monkeypatch.setattr(kafka_enrich, "committed_offsets", asked)
+    worker.input_topic, worker.fresh = "t", {0, 1}
+    worker.begin([Message(topic="t", partition=0, offset=first), Message(topic="t", partition=0, offset=8)])
+    assert (bool(worker.broken), worker.fresh) == (broken, {1})
+    worker.begin([Message(topic="t", partition=0, offset=9)])
+    asked.assert_called_once()
 
 
 class Failed:
