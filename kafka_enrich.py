@@ -31,7 +31,6 @@ Exit codes: 0, done, or KAFKA_TAIL=1 was stopped by a signal; 1, Kafka or a look
 
 import argparse
 import bisect
-import codecs
 import difflib
 import functools
 import gc
@@ -163,11 +162,10 @@ class Locations:
     """Turns records into enriched records, and remembers the final answers."""
 
     def __init__(self, locate: Locate, settings: "Settings") -> None:
-        self._on_failure = settings.on_lookup_failed
+        self._settings, self._told = settings, set[str]()
         self._nowhere = unknown_location(settings.fields)
-        countries = [field for field in ("country_code", "country_name") if field in self._nowhere]
-        self._country = countries[0] if countries and settings.metrics_port else None
-        self._told = set[str]()
+        counted = ("country_code", "country_name") if settings.metrics_port else ()
+        self._country = next((field for field in counted if field in self._nowhere), None)
         self._answer: Callable[[bytes], Answer] = self._find
         self._write: Callable[[str, Location, str | None], bytes] = to_json
         if settings.ip_field:
@@ -175,20 +173,21 @@ class Locations:
             names = split_names(settings.location_field)
             self._read = event_reader([path_of(field) for field in split_names(settings.ip_field)], names)
             self._names = [b"," + msgspec.json.encode(name) + b":" for name in names]
-        self._cache_size, self._metrics = settings.cache_size, settings.metrics_port
-        self.use(locate)
-
-    def use(self, locate: Locate) -> None:
-        """Look there from the next record on, and forget what was remembered of another source."""
 
         def locate_timed(address: str, public: bool) -> Location:
             with LOOKUPS.time():
                 return locate(address, public)
 
-        # The source before the cache: what was found in the old source goes to the old cache, and with it.
-        self._hits = self.hits() if hasattr(self, "remembered") else 0
-        self._locate = locate_timed if self._metrics else locate
-        self.remembered = functools.lru_cache(self._cache_size)(self._look_up)
+        self._locate = locate_timed if settings.metrics_port else locate
+        self._hits, self.remembered = 0, functools.lru_cache(settings.cache_size)(self._look_up)
+
+    def forget(self) -> None:
+        """Forget what was remembered, as the source says other things from now on.
+
+        What is being looked up in the old source goes to the old cache, and with it.
+        """
+        self._hits = self.hits()
+        self.remembered = functools.lru_cache(self._settings.cache_size)(self._look_up)
 
     def hits(self) -> int:
         """Count the answers that came from the cache."""
@@ -240,13 +239,12 @@ class Locations:
         try:
             return self.remembered(address) if len(address) <= LONGEST_ADDRESS else self._look_up(address)
         except LookupFailed as failure:
-            if self._on_failure == "wait":
+            if self._settings.on_lookup_failed == "wait":
                 raise
             ip, _, _ = find_address(text_of(address))
-            if self._on_failure == "stop":
-                raise RunError(
-                    f"{ip} was not looked up: {failure}; a new start tries again (ON_LOOKUP_FAILED=stop)"
-                ) from None
+            if self._settings.on_lookup_failed == "stop":
+                why = f"{ip} was not looked up: {failure}; a new start tries again (ON_LOOKUP_FAILED=stop)"
+                raise RunError(why) from None
             self._tell(ip, "lookup_failed", failure)
             return self._write(ip, self._nowhere, "lookup_failed"), "lookup_failed"
 
@@ -430,7 +428,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             try:
                 self.producer.poll(0)  # what it says of its connections, where nothing is produced
             except CLIENT_FAILED as error:
-                self.broken = self.broken or reason_of(error)
+                self.broken = self.broken or error_of(error).str()
             self.note_lag()
             self.ask()
         records = self.read()
@@ -479,7 +477,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
                 if first[part.partition] < part.offset <= end:  # beyond the end they are of a topic that was deleted
                     self.broken = f"partition {part.partition} began before its committed offset"
         except KafkaException as error:
-            self.broken = reason_of(error)
+            self.broken = error_of(error).str()
         else:
             self.fresh -= first.keys()
 
@@ -542,8 +540,10 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             else:  # little waits behind them, so they need not wait for linger.ms
                 self.producer.flush(0.001)
         except (*CLIENT_FAILED, UnicodeDecodeError) as error:  # the transaction has failed already
-            odd = KafkaError(KafkaError.INVALID_RECORD, f"a header's name is odd: {error.__cause__ or error}")
-            self.undelivered(self.attempt, kafka_error(error) or odd, Message(topic=topic))
+            its = error_of(error)
+            if its.code() == KafkaError._APPLICATION:
+                its = KafkaError(KafkaError.INVALID_RECORD, f"a header's name is odd: {its.str()}")
+            self.undelivered(self.attempt, its, Message(topic=topic))
         except BaseException:
             self.broken = "a batch was produced in part"
             raise
@@ -641,7 +641,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
                 if left < before:
                     limit, before = self.last_turn + COMMIT_LIMIT, left
         except CLIENT_FAILED as error:  # with the reports that are lost goes what is known of the records
-            self.broken = self.broken or reason_of(error)
+            self.broken = self.broken or error_of(error).str()
         if left or self.refused or self.broken:
             raise TimeoutError(self.broken or f"no record was acknowledged for {COMMIT_LIMIT:.0f} s")
 
@@ -649,7 +649,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         """Say what follows from a commit that failed."""
         if self.refused:
             raise self.refused
-        reason, code = reason_of(error), code_of(error)
+        reason, code = error_of(error).str(), error_of(error).code()
         if not self.settings.exactly_once and code in REFUSALS:
             raise RunError(f"group {self.settings.group!r}: offsets cannot be committed: {reason}")
         # Whether a transaction took effect may be unknown: a new producer puts an end to it, and then the group's
@@ -678,11 +678,11 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
                 position.offset = max(position.offset, -2)  # the beginning, where nothing is committed
                 self.consumer.seek(position)
         except (KafkaException, TimeoutError) as failure:
-            if code_of(failure) in REFUSALS:
-                raise RunError(f"group {self.settings.group!r} cannot go on: {reason_of(failure)}") from None
-            self.in_trouble(reason_of(failure))
+            if error_of(failure).code() in REFUSALS:
+                raise RunError(f"group {self.settings.group!r} cannot go on: {error_of(failure).str()}") from None
+            self.in_trouble(error_of(failure).str())
             return
-        for forgotten in (self.produced, self.committed, self.pending, self.again):
+        for forgotten in (self.produced, self.committed, self.pending, self.again, self.fresh):
             forgotten.clear()
         self.read_on_or_pause()
         self.broken = ""
@@ -692,10 +692,10 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         try:
             within(ASK_SECONDS, self.producer.begin_transaction)  # in the midst of one it says what has become of it
         except (KafkaException, TimeoutError) as error:
-            if code_of(error) in REFUSALS and self.suspect:
+            if error_of(error).code() in REFUSALS and self.suspect:
                 topics = " or ".join(map(repr, self.settings.written))
-                raise RunError(f"topic {topics} cannot be written: {reason_of(error)}") from None
-            self.batch_refused = self.batch_refused or code_of(error) in REFUSALS
+                raise RunError(f"topic {topics} cannot be written: {error_of(error).str()}") from None
+            self.batch_refused = self.batch_refused or error_of(error).code() in REFUSALS
 
     def search(self) -> None:
         """Search for the record that was refused: all of a batch have the same report, so only a single one is named.
@@ -777,7 +777,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             found = committed_offsets(self.asks, partitions, ASK_SECONDS)
         except KafkaException as error:
             if self.trouble:  # one time-out by itself is none
-                self.in_trouble(reason_of(error))
+                self.in_trouble(error_of(error).str())
             return
         if self.trouble and not self.uncommitted():  # else the next commit tells
             self.all_is_well()
@@ -868,7 +868,7 @@ def committed_offsets(consumer: Consumer, partitions: list[TopicPartition], seco
                 raise KafkaException(failed[0])
             return found
         except KafkaException as error:
-            if code_of(error) in REFUSALS or time.monotonic() > limit:
+            if error_of(error).code() in REFUSALS or time.monotonic() > limit:
                 raise
             time.sleep(0.1)
 
@@ -897,23 +897,11 @@ def within(seconds: float, call: Callable[..., T], *arguments: Any) -> T:
     return called.result()
 
 
-def kafka_error(error: BaseException | None) -> KafkaError | None:
-    """Find Kafka's error in an exception, or in what has made a SystemError of it (CLIENT_FAILED)."""
-    cause = error.__cause__ if isinstance(error, SystemError) else error
+def error_of(failure: BaseException | None) -> KafkaError:
+    """Find Kafka's error in an exception, or in what made a SystemError of it (CLIENT_FAILED); make one of another."""
+    cause = failure.__cause__ if isinstance(failure, SystemError) else failure
     found = cause.args[0] if cause and cause.args else None
-    return found if isinstance(found, KafkaError) else None
-
-
-def reason_of(error: BaseException) -> str:
-    """Say why something failed, in the words of librdkafka where it was the one that did."""
-    its = kafka_error(error)
-    return its.str() if its else str(error)
-
-
-def code_of(error: BaseException | None) -> int | None:
-    """Find the code of Kafka's error, where it is one."""
-    its = kafka_error(error)
-    return its.code() if its else None
+    return found if isinstance(found, KafkaError) else KafkaError(KafkaError._APPLICATION, str(cause or failure))
 
 
 def error_headers(record: Message, error: str) -> list[tuple[str, bytes]]:
@@ -946,7 +934,7 @@ def consumer_properties(settings: "Settings", brokers: str, number: int | None =
         **chosen,
         "bootstrap.servers": brokers,
         "group.id": settings.group,
-        "auto.offset.reset": "earliest",  # start_from_now does what latest is for
+        "auto.offset.reset": "earliest",  # prepare does what latest is for
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
         "enable.partition.eof": True,
@@ -1494,7 +1482,7 @@ def follow_files(databases: Databases, locations: "Locations") -> NoReturn:
     while True:
         time.sleep(LOOK_SECONDS)
         if databases.look():
-            locations.use(databases.locate)
+            locations.forget()
 
 
 # --- Locations over HTTP ----------------------------------------------------------------------------------------
@@ -1576,7 +1564,10 @@ class HttpApi:
         """Count a failure, and leave the API alone where it says for how long, or after several of them."""
         self._failures += 1
         if (waits or self._failures >= FAILURES_IN_A_ROW) and time.monotonic() >= self._paused_until:
-            pause = pause_in(*waits)
+            pause = PAUSE_SECONDS
+            for said in reversed(waits):  # in seconds or until a date (RFC 9110, 10.2.3); the first one counts
+                with suppress(ValueError, OverflowError, urllib3.exceptions.HTTPError):
+                    pause = max(1.0, Retry(retry_after_max=LONGEST_PAUSE).parse_retry_after(str(said)))
             self._paused_until = time.monotonic() + pause
             log.warning("%s: %s; left alone for %.0f s", self._url, why, pause)
         return LookupFailed(why)
@@ -1588,14 +1579,6 @@ def cause_of(error: BaseException) -> str:
         error = error.__context__
     without_url = type(error) in (OSError, TimeoutError)  # of certificates that are not there, or of within
     return getattr(error, "strerror", None) or (str(error) if without_url else type(error).__name__)
-
-
-def pause_in(*waits: object) -> float:
-    """Read how long to stay away: in seconds or until a date (RFC 9110, 10.2.3), from the first that says it."""
-    for said in waits:
-        with suppress(ValueError, OverflowError, urllib3.exceptions.HTTPError):
-            return max(1.0, Retry(retry_after_max=LONGEST_PAUSE).parse_retry_after(str(said)))
-    return PAUSE_SECONDS
 
 
 # --- Events: the address is read, and nothing else is touched ---------------------------------------------------
@@ -1620,11 +1603,13 @@ def event_reader(paths: list[list[str]], taken: list[str]) -> Callable[[bytes], 
     decode = msgspec.json.Decoder(event_type([*paths, *([name] for name in taken)])).decode
 
     def read(event: bytes) -> list[str] | str:
-        body = event.removeprefix(codecs.BOM_UTF8)
+        body = event.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
         try:
             found = decode(body)
-        except (ValueError, RecursionError):
-            found = decode_all(body)
+        except (ValueError, RecursionError):  # it is not as event_type has it, or nothing that msgspec can read
+            found = None
+            with suppress(ValueError, RecursionError):  # float takes integers of any length, and int takes no NaN
+                found = json.loads(body.decode("utf-8", "surrogateescape"), parse_int=float, parse_constant=int)
         if not isinstance(found, dict):
             return "invalid_record"
         if not found.keys().isdisjoint(taken):
@@ -1645,13 +1630,6 @@ def event_type(paths: list[list[str]]) -> Any:
         fields[path[0]] = Any if whole else event_type(rest)
     make: Any = TypedDict  # mypy knows it with literal names only
     return make("Event", fields, total=False)
-
-
-def decode_all(body: bytes) -> object:
-    """Decode what is not as event_type has it, or what msgspec cannot read; None where it is no JSON."""
-    with suppress(ValueError, RecursionError):  # float takes integers of any length, and int takes no NaN
-        return json.loads(body.decode("utf-8", "surrogateescape"), parse_int=float, parse_constant=int)
-    return None
 
 
 def address_in(field: object) -> str:
@@ -1820,15 +1798,8 @@ class Stop(threading.Event):
         leave(1)
 
 
-def prepare(settings: Settings) -> None:
-    """Check what the start needs of Kafka, and begin at the end of the topic where that is wanted."""
-    check_kafka(settings)
-    if {**settings.kafka_client, **settings.kafka_consumer}.get("auto.offset.reset") == "latest":
-        start_from_now(settings)
-
-
-def check_kafka(settings: Settings) -> None:
-    """See that the brokers answer, and that the topics and the group may be used."""
+def check_kafka(settings: Settings) -> "Clients":
+    """See that the brokers answer, and that the topics and the group may be used, and return the clients for that."""
     logger, said = logging.Logger("librdkafka"), BufferingHandler(10_000)  # of these clients alone
     logger.addHandler(said)
     clients = _, _, reader, writer = connect(settings, logger)
@@ -1849,12 +1820,16 @@ def check_kafka(settings: Settings) -> None:
         if allowed and not {operation, AclOperation.ALL} & set(allowed):
             raise RunError(f"topic {topic!r} may not be used: no permission to {operation.name}")
     wait([group], timeout=1)  # of a group without permission only this tells more than a time-out
-    if group.done() and code_of(group.exception()) == KafkaError.GROUP_AUTHORIZATION_FAILED:
+    if group.done() and error_of(group.exception()).code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
         raise RunError(f"group {settings.group!r} cannot be used: no permission to DESCRIBE and READ")
+    return clients
 
 
-def connect(settings: Settings, logger: logging.Logger) -> tuple[Producer, Consumer, AdminClient, AdminClient]:
-    """Make clients, with which librdkafka checks its properties: of the output, of the input, and who asks of each."""
+Clients = tuple[Producer, Consumer, AdminClient, AdminClient]  # of the output, of the input, and who asks of each
+
+
+def connect(settings: Settings, logger: logging.Logger) -> Clients:
+    """Make clients, with which librdkafka checks its properties."""
     brokers = settings.kafka_brokers
     every: dict[str, Any] = {"bootstrap.servers": brokers}
     try:
@@ -1865,7 +1840,7 @@ def connect(settings: Settings, logger: logging.Logger) -> tuple[Producer, Consu
             AdminClient({**settings.kafka_client, **settings.kafka_producer, **every}, logger=logger),
         )
     except KafkaException as error:
-        raise SettingsError(f"{wrong_property(settings)}: {reason_of(error)}") from None
+        raise SettingsError(f"{wrong_property(settings)}: {error_of(error).str()}") from None
 
 
 def wrong_property(settings: Settings) -> str:
@@ -1881,22 +1856,25 @@ def wrong_property(settings: Settings) -> str:
 
 def why_not(settings: Settings, topic: str, failure: BaseException, said: list[str]) -> str:
     """Say why a topic cannot be used: what librdkafka logs of its connections tells more than a time-out."""
-    if code_of(failure) == KafkaError.UNKNOWN_TOPIC_OR_PART:
+    if error_of(failure).code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
         names = ("KAFKA_INPUT_TOPIC", "KAFKA_OUTPUT_TOPIC", "KAFKA_ERROR_TOPIC")
         name = next(name for name in names if getattr(settings, name.lower()) == topic)
         loader = ", or run: python load_data.py" if topic == getattr(Settings(), name.lower()) else ""
         return f"topic {topic!r} ({name}) does not exist: create it{loader}"
-    if code_of(failure) == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+    if error_of(failure).code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
         return f"topic {topic!r} may not be used: no permission to DESCRIBE"
     failures = [line.partition("]: ")[2] for line in said if line.startswith("FAIL")]
-    reason = min(failures, key=lambda its: not re.search("SASL|SSL|resolve", its), default=reason_of(failure))
+    reason = min(failures, key=lambda its: not re.search("SASL|SSL|resolve", its), default=error_of(failure).str())
     # A broker that takes no such client just closes the connection, and one that is away refuses it.
     reason = DISCONNECTED if re.search("Disconnected|reset by peer", reason) else reason
     return f"Kafka at {settings.kafka_brokers} (KAFKA_BROKERS) cannot be used: {reason}"
 
 
-def start_from_now(settings: Settings) -> None:
-    """Commit the end of each partition for a group that is new: so what comes from now on outlives a kill."""
+def prepare(settings: Settings) -> None:
+    """Check what a start needs of Kafka; for latest commit the ends for a group that is new, as a kill may follow."""
+    check_kafka(settings)
+    if {**settings.kafka_client, **settings.kafka_consumer}.get("auto.offset.reset") != "latest":
+        return
     asks = Consumer(consumer_properties(settings, settings.kafka_brokers), logger=LIBRDKAFKA_LOG)
     # What is in a transaction that is open arrives when that ends.
     reads = Consumer(consumer_properties(settings, settings.kafka_brokers, 0), logger=LIBRDKAFKA_LOG)
@@ -1909,7 +1887,7 @@ def start_from_now(settings: Settings) -> None:
     try:
         commit_offsets(asks, offsets)
     except KafkaException as error:
-        if code_of(error) not in REBALANCING:  # which tells that another copy was quicker, and has done it
+        if error_of(error).code() not in REBALANCING:  # which tells that another copy was quicker, and has done it
             raise
 
 
@@ -2026,7 +2004,7 @@ def exit_code_of(run: Callable[[], int | None]) -> int:
         while cause.__cause__ is not None:  # the engine wraps what a step raises
             cause = cause.__cause__
         if isinstance(cause, (KafkaException, TimeoutError)):
-            cause = RunError(f"Kafka (KAFKA_BROKERS) cannot be used: {reason_of(cause)}")
+            cause = RunError(f"Kafka (KAFKA_BROKERS) cannot be used: {error_of(cause).str()}")
         if not isinstance(cause, RunError):
             log.exception("this is a fault of kafka_enrich.py")
             return 1
@@ -2046,8 +2024,7 @@ def leave(exit_code: int) -> NoReturn:
 def check(settings: Settings) -> None:
     """Do every check of a start, and print what it found."""
     _, databases = open_locations(settings)
-    check_kafka(settings)
-    producer, asks, reader, _ = connect(settings, LIBRDKAFKA_LOG)
+    producer, asks, reader, _ = check_kafka(settings)
     topic, group, members = settings.kafka_input_topic, settings.group, 0
     with suppress(KafkaException):  # of a group that nobody has joined yet
         members = len(reader.describe_consumer_groups([group])[group].result(CONNECT_SECONDS).members)

