@@ -409,10 +409,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
                 self.produced[partition] = max(end, self.produced.get(partition, 0))
             self.ends.clear()
         if self.stop.is_set() or self.remaining == {}:  # of a bounded run the group has committed all that there was
-            # Exactly once, what is not committed is aborted, and whoever reads on does it again.
-            while not (self.commit() or self.broken or self.settings.exactly_once):
-                self.consumer.poll(0.1)  # a rebalance that is under way has to end before a commit
-            self.abort()
+            self.finish()
             raise StopIteration
         if self.refused:
             raise self.refused
@@ -459,7 +456,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             self.ends = {partition: end for partition, end in self.ends.items() if partition in owned}
             self.read_on_or_pause()
             log.info("worker %s reads partitions %s", self.name, sorted(owned))
-        if self.fresh and records:
+        if self.fresh:
             self.begin(records)
         return [] if self.broken else records
 
@@ -470,16 +467,19 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         librdkafka 2.15 takes them for missing (rd_kafka_assignment_apply_offsets), and begins with the oldest record.
         """
         first = {record.partition() or 0: record.offset() or 0 for record in reversed(records)}
-        fresh = [TopicPartition(self.input_topic, partition) for partition in self.fresh & first.keys()]
+        fresh, why = [TopicPartition(self.input_topic, partition) for partition in self.fresh & first.keys()], ""
         try:
             for part in committed_offsets(self.consumer, fresh, ASK_SECONDS) if fresh else ():
                 _, end = self.consumer.get_watermark_offsets(part, cached=True)
                 if first[part.partition] < part.offset <= end:  # beyond the end they are of a topic that was deleted
-                    self.broken = f"partition {part.partition} began before its committed offset"
+                    why = f"partition {part.partition} began before its committed offset"
         except KafkaException as error:
-            self.broken = error_of(error).str()
+            why = error_of(error).str()
+        if why:
+            self.commit()  # so that only these are done again
+            self.broken = self.broken or why
         else:
-            self.fresh -= first.keys()
+            self.fresh -= first.keys() | self.ends.keys()
 
     def take_error(self, message: Message) -> None:
         """Take a message that is no record: the end of a partition, or an error of the consumer."""
@@ -493,7 +493,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             raise RunError(f"{group} cannot be joined: {error.str()}{who}")
         elif error.code() in REFUSALS | UNREADABLE:
             raise RunError(f"topic {self.input_topic!r} cannot be read: {error.str()}")
-        elif error.str().startswith("Failed to fetch committed offsets"):  # librdkafka (#5586) does not again
+        elif error.str().startswith("Failed to fetch committed offsets"):  # and librdkafka (#5586) gives up
             log.info("worker %s joins the group again: %s", self.name, error.str())
             self.consumer.unsubscribe()
             self.subscribe()
@@ -517,8 +517,9 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
             items = self.set_aside(items)
         if not items:
             return
+        alone = self.suspects and len(items) == 1 and not self.pending  # the engine may have cut a batch in two
+        self.suspect = items[0][0] if alone else None
         self.pending.update([result for _, (_, result) in items])
-        self.suspect = items[0][0] if self.suspects and len(items) == 1 else None
         produce, errors, topic = self.producer.produce, self.errors, self.output_topic
         try:
             for record, (value, result) in items:
@@ -539,12 +540,12 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
                 self.producer.poll(0)
             else:  # little waits behind them, so they need not wait for linger.ms
                 self.producer.flush(0.001)
-        except (*CLIENT_FAILED, UnicodeDecodeError) as error:  # the transaction has failed already
+        except (*CLIENT_FAILED, UnicodeDecodeError) as error:  # of the transaction, or of a header's name
             its = error_of(error)
             if its.code() == KafkaError._APPLICATION:
                 its = KafkaError(KafkaError.INVALID_RECORD, f"a header's name is odd: {its.str()}")
             self.undelivered(self.attempt, its, Message(topic=topic))
-        except BaseException:
+        except Exception:  # a fault of this script, after which close commits: with this not a part of the batch
             self.broken = "a batch was produced in part"
             raise
 
@@ -622,9 +623,11 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         """
         return self.member != "" and self.consumer.memberid() == self.member
 
-    def abort(self) -> None:
-        """Abort what is not committed at the end, for whose time-out readers of committed records would wait."""
-        if self.settings.exactly_once and self.broken:
+    def finish(self) -> None:
+        """Commit at the end, or abort: readers of committed records would wait for the transaction's time-out."""
+        while not (self.commit() or self.broken or self.settings.exactly_once):
+            self.consumer.poll(0.1)  # a rebalance that is under way has to end before a commit
+        if self.settings.exactly_once and self.broken:  # whoever reads on does it again
             with suppress(*CLIENT_FAILED, TimeoutError):
                 within(LEAVE_LIMIT, self.producer.abort_transaction, LEAVE_LIMIT)
 
@@ -703,7 +706,7 @@ class Worker(StatelessSourcePartition[Message], StatelessSinkPartition[Enriched]
         What comes before it is committed, or else whoever skips it would skip that, too.
         """
         self.batch_refused = False
-        self.suspects = max(self.suspects, self.pending.total())
+        self.suspects = max(self.suspects, self.pending.total(), 1)
         self.batch_size = max(1, self.batch_size // 10)
         log.warning("worker %s commits every %d records now, as some were refused", self.name, self.batch_size)
 
@@ -1798,7 +1801,10 @@ class Stop(threading.Event):
         leave(1)
 
 
-def check_kafka(settings: Settings) -> "Clients":
+Clients = tuple[Producer, Consumer, AdminClient, AdminClient]  # of the output, of the input, and who asks of each
+
+
+def check_kafka(settings: Settings) -> Clients:
     """See that the brokers answer, and that the topics and the group may be used, and return the clients for that."""
     logger, said = logging.Logger("librdkafka"), BufferingHandler(10_000)  # of these clients alone
     logger.addHandler(said)
@@ -1823,9 +1829,6 @@ def check_kafka(settings: Settings) -> "Clients":
     if group.done() and error_of(group.exception()).code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
         raise RunError(f"group {settings.group!r} cannot be used: no permission to DESCRIBE and READ")
     return clients
-
-
-Clients = tuple[Producer, Consumer, AdminClient, AdminClient]  # of the output, of the input, and who asks of each
 
 
 def connect(settings: Settings, logger: logging.Logger) -> Clients:

@@ -47,7 +47,7 @@ from conftest import (
     write_database,
 )
 from harness import STOP_SECONDS, Reader
-from kafka_enrich import Worker, read_settings
+from kafka_enrich import Enriched, Worker, read_settings
 from kafka_server import VERSION, KafkaServer, free_port
 from load_data import SAMPLE, rows
 
@@ -389,13 +389,50 @@ def test_batches_are_whole_again_when_what_was_refused_is_out(worker: Worker, to
     wait_until(lambda: turn(worker) == [] and worker.batch_size == 1_000)
 
 
+def test_batches_are_whole_again_when_the_refused_one_has_left_with_its_partition(
+    worker: Worker, topics: Topics
+) -> None:
+    through(worker, topics, b"8.8.8.8")
+    assert worker.commit()
+    worker.undelivered(worker.attempt, KafkaError(KafkaError.MSG_SIZE_TOO_LARGE), Message(topic=topics.output))
+    through(worker, topics, b"8.8.4.4")
+    wait_until(lambda: turn(worker) == [] and worker.batch_size == 1_000)
+
+
+def test_refused_record_is_not_taken_for_the_rest_of_a_batch_that_the_engine_has_cut(
+    worker: Worker, topics: Topics
+) -> None:
+    through(worker, topics, b"8.8.8.8")
+    assert worker.commit()
+    worker.suspects = 3
+    topics.write([(b"key", value) for value in (b"8.8.4.1", b"8.8.4.2", b"8.8.4.3")])
+    items: list[Enriched] = []
+    while not items:
+        items = [(record, (record.value(), "located")) for record in worker.next_batch()]
+    assert len(items) == 3
+    for part in (items[:2], items[2:]):
+        worker.write_batch(part)
+    worker.undelivered(worker.attempt, KafkaError(KafkaError.MSG_SIZE_TOO_LARGE), Message(topic=topics.output))
+    assert worker.refused is None
+    assert worker.batch_refused
+
+
+def test_partitions_without_records_are_not_asked_for_again(worker: Worker, topics: Topics) -> None:
+    through(worker, topics, b"8.8.8.8")
+    wait_until(lambda: turn(worker) == [] and worker.fresh == set())
+
+
 @pytest.mark.parametrize("worker", GUARANTEES, indirect=True)
-def test_member_joins_again_where_offsets_were_not_fetched(worker: Worker, topics: Topics) -> None:
+def test_member_joins_again_where_offsets_were_not_fetched(
+    worker: Worker, topics: Topics, caplog: pytest.LogCaptureFixture
+) -> None:
     """What librdkafka tells then, and nothing more: it would read nothing of these partitions for ever."""
+    caplog.set_level("INFO")
     through(worker, topics, b"8.8.8.1")
     why = "Failed to fetch committed offsets for 4 partition(s) in group: Broker: Not coordinator"
     worker.take_error(Message(error=KafkaError(KafkaError.NOT_COORDINATOR, why)))
-    wait_until(lambda: turn(worker) == [] and len(worker.fresh) == 4)  # as all have come again
+    again = f"worker {worker.name} reads partitions [0, 1, 2, 3]"
+    wait_until(lambda: turn(worker) == [] and caplog.messages.count(again) == 2)
     through(worker, topics, b"8.8.8.2")
 
 
